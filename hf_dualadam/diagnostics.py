@@ -1,0 +1,72 @@
+"""What the inverse part did in the last step, read off the optimizer's state without touching it (ours)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .functional import step_scalars, update_norms
+from .optimizers import DualAdam
+
+
+class InverseStatistics(NamedTuple):
+    """The last optimizer step in figures.
+
+    Attributes:
+        alpha: weight of the inverse update, of the parameter that has made the most steps.
+        inverse_share: norm of alpha * m^*d over the norm of the whole update, over all parameters; 0 to about 1.
+        inverse_rms_ratio: root mean square of m^*d over that of m^/d, both unweighted; 1 where normalised.
+        relative_step: norm of the step, learning rate included, over the norm of the parameters.
+    """
+
+    alpha: float
+    inverse_share: float
+    inverse_rms_ratio: float
+    relative_step: float
+
+
+@torch.no_grad()
+def inverse_statistics(optimizer: DualAdam) -> InverseStatistics | None:
+    """Measure the last step of ``optimizer`` from its moments.
+
+    Reads the state once and the host once, about the cost of an optimizer step: meant for logging steps. Sharded
+    tensors (DTensor) are measured whole, so every process has to call it.
+
+    Args:
+        optimizer: a DualAdam or InvAdam.
+
+    Returns:
+        The figures, or None before the first step.
+    """
+    squares, alphas = [], []
+    for group in optimizer.param_groups:
+        options = {name: group[name] for name in ("betas", "eps", "weight_decay", "switch_rate")}
+        lr = float(group["lr"])
+        for param in group["params"]:
+            state = optimizer.state.get(param)
+            if not state:
+                continue
+            step = float(state["step"])
+            scalars = step_scalars(step, lr=lr, **options)
+            moments = state["exp_avg"].float(), state["exp_avg_sq"].float()
+            norms = update_norms(*moments, scalars, group["normalize_inverse"]) / (1 - scalars.beta1**step)
+            size = torch.linalg.vector_norm(param.float())
+            squares.append(torch.stack([*_whole(norms), lr * _whole(norms)[3], _whole(size)]).square())
+            alphas.append((step, scalars.alpha))
+    if not alphas:
+        return None
+    home = squares[0].device
+    adam, inverse, weighted, whole, moved, size = torch.stack([s.to(home) for s in squares]).sum(0).sqrt().tolist()
+    return InverseStatistics(
+        alpha=max(alphas)[1],
+        inverse_share=weighted / whole if whole else 0.0,
+        inverse_rms_ratio=inverse / adam if adam else 0.0,
+        relative_step=moved / size if size else 0.0,
+    )
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The full value of a sharded tensor."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
