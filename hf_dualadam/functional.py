@@ -110,10 +110,10 @@ def dual_update_(
     denom = exp_avg_sq.sqrt().div_(s.bias2_sqrt).add_(s.eps)  # d
     update = exp_avg / denom  # m/d
     if not _is_zero(s.alpha):
-        inverse = exp_avg * _finite(denom, s.alpha)  # m*d
+        inverse = exp_avg * denom  # m*d
         if normalize_inverse:
             inverse.mul_(_norm_ratio(_norm(update), _norm(inverse)))
-        update.mul_(s.adam_share).add_(inverse.mul_(s.alpha))  # (1-alpha) * m/d + alpha * m*d
+        update.mul_(s.adam_share).add_(_weighted(inverse, s.alpha))  # (1-alpha) * m/d + alpha * m*d
     param.sub_(update.mul_(s.step_size))  # theta <- theta - eta/(1-beta1^t) * update
 
 
@@ -144,11 +144,14 @@ def foreach_dual_update_(
     torch._foreach_add_(denom, s.eps)  # d
     update = torch._foreach_div(exp_avgs, denom)  # m/d
     if not _is_zero(s.alpha):
-        inverse = torch._foreach_mul(exp_avgs, [_finite(d, s.alpha) for d in denom])  # m*d
+        inverse = torch._foreach_mul(exp_avgs, denom)  # m*d
         if normalize_inverse:
             pairs = zip(update, inverse)
             torch._foreach_mul_(inverse, [_norm_ratio(_norm(u), _norm(i)) for u, i in pairs])
-        torch._foreach_mul_(inverse, s.alpha)
+        if isinstance(s.alpha, float):
+            torch._foreach_mul_(inverse, s.alpha)
+        else:
+            inverse = [_weighted(i, alpha) for i, alpha in zip(inverse, s.alpha)]
         torch._foreach_mul_(update, s.adam_share)
         torch._foreach_add_(update, inverse)  # (1-alpha) * m/d + alpha * m*d
     torch._foreach_mul_(update, s.step_size)
@@ -184,9 +187,10 @@ def _is_zero(alpha) -> bool:
     return isinstance(alpha, float) and alpha == 0.0
 
 
-def _finite(denom: Tensor, alpha) -> Tensor:
-    """Keep alpha * d at 0 after the switch where g^2 overflowed, when the host cannot see that alpha is 0."""
-    return denom if isinstance(alpha, float) else denom.clamp(max=torch.finfo(denom.dtype).max)
+def _weighted(inverse: Tensor, alpha) -> Tensor:
+    """alpha * m*d; 0 after the switch even where m*d overflowed, also when the host cannot see that alpha is 0."""
+    weighted = inverse.mul_(alpha)
+    return weighted if isinstance(alpha, float) else torch.where(alpha > 0, weighted, 0.0)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class DualAdam(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        self._cuda_graph_capture_health_check()
+        _check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -271,6 +271,12 @@ class InvAdam(DualAdam):
             maximize=maximize,
             capturable=capturable,
         )
+
+
+# torch 2.13 renamed its check that a captured step is capturable.
+_check_graph_capture = getattr(
+    Optimizer, "_accelerator_graph_capture_health_check", Optimizer._cuda_graph_capture_health_check
+)
 
 
 def _batches(group: dict[str, Any], tensors: list[tuple[Tensor, ...]], foreach: bool):
