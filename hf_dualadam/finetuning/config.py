@@ -1,0 +1,321 @@
+"""One YAML file and command-line overrides -> checked dataclasses, the same way for every script.
+
+``python scripts/run_glue.py configs/glue/sst2.yaml --learning_rate 5e-5 --optim adamw_torch``: the YAML file is
+optional and comes first, every key of it can be given on the command line and the other way round, and a key that no
+dataclass declares, or a value of the wrong type, is an error before anything else happens.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+DO_FLAGS = ("do_train", "do_eval", "do_predict")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; scripts print it as one line and exit with status 2."""
+
+
+def training_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of the scripts where they differ from those of ``TrainingArguments``.
+
+    Args:
+        given: what the YAML file and the command line set, by name.
+
+    Returns:
+        Values for keys which the user may have left out: DualAdam with an inverse phase of a tenth of the run,
+        training and evaluation when none of do_train, do_eval and do_predict is given, logs and evaluations often
+        enough for a learning curve, and no reporting integration.
+    """
+    values: dict[str, Any] = {
+        "optim": "dualadam",
+        "report_to": "none",
+        "logging_steps": 0.02,
+        "logging_first_step": True,
+        "save_total_limit": 2,
+    }
+    if given.get("optim", "dualadam") == "dualadam":
+        values["optim_args"] = "switch_fraction=0.1"
+    if not any(flag in given for flag in DO_FLAGS):
+        values |= {"do_train": True, "do_eval": True}
+    if {"do_train", "do_eval"} <= {flag for flag in DO_FLAGS if (values | given).get(flag)}:
+        values |= {"eval_strategy": "steps"}
+        if given.get("eval_strategy", "steps") == "steps":
+            values |= {"eval_steps": 0.2}
+    return values
+
+
+def parse(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] = training_defaults,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Read ``[CONFIG.yaml] [--key value ...]`` into one instance of each dataclass.
+
+    A key that several dataclasses declare goes to all of them. When the command line names another ``optim`` than the
+    file, the file's ``optim_args`` belong to the other optimizer and are left out.
+
+    Args:
+        dataclass_types: the dataclasses, ``TrainingArguments`` among them or not.
+        argv: the command line without the program's name; ``sys.argv[1:]`` by default.
+        defaults: gets the given values, returns values for keys that were not given (keys that no dataclass declares
+            are ignored).
+        description: text above the options in ``--help``.
+
+    Returns:
+        The instances, in the order of ``dataclass_types``.
+
+    Raises:
+        InputError: an unreadable file, an unknown key, a value of the wrong type or out of range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    hints = {name: hint for cls in dataclass_types for name, hint in _fields(cls).items()}
+    names = hints if "warmup_steps" not in hints else {"warmup_ratio": float} | hints
+    config = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    from_file = _bridge_versions(_read_yaml(Path(config), names), hints) if config is not None else {}
+    from_argv = _bridge_versions(_read_command_line(dataclass_types, argv, names, description), hints)
+    if from_argv.get("optim", from_file.get("optim")) != from_file.get("optim") and "optim_args" not in from_argv:
+        from_file.pop("optim_args", None)
+    given = from_file | from_argv
+    for name, value in given.items():
+        check_type(name, value, hints[name])
+    filled = _bridge_versions(defaults(dict(given)), hints)
+    values = {name: value for name, value in filled.items() if name in hints} | given
+    return tuple(_build(cls, values) for cls in dataclass_types)
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise InputError unless ``value`` is of the annotated type ``hint``.
+
+    Whole numbers pass for fractional ones, an enumeration's values for its members; text never passes for a number.
+    """
+    if not _matches(value, hint):
+        note = ""
+        if isinstance(value, str) and _is_number(value):
+            note = " (YAML reads numbers such as 2e-5 as text: write 2.0e-5, without quotes)"
+        elif str in _options(hint) and isinstance(value, bool | int | float):
+            note = " (put it in quotes: YAML reads yes, no, on, off and numbers as such)"
+        raise InputError(f"{name}: {value!r} is {_describe(type(value))}, but {_describe(hint)} is needed{note}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name}: {value} is not a finite number")
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Call a script's main function; a user error ends in one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    known = {name: value for name, value in values.items() if name in _fields(cls)}
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and field.init
+        and field.name not in known
+    ]
+    if missing:
+        raise InputError(f"{', '.join(missing)}: required, but given neither in a YAML file nor as --{missing[0]}")
+    if issubclass(cls, TrainingArguments):
+        _check_ranges(known)
+    try:
+        return cls(**known)
+    except InputError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"{error}") from error
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    """Refuse numbers that TrainingArguments takes and that would fail, or train nonsense, much later."""
+    smallest = {
+        "learning_rate": 0,
+        "weight_decay": 0,
+        "max_grad_norm": 0,
+        "seed": 0,
+        "data_seed": 0,
+        "warmup_steps": 0,
+    }
+    smallest |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+    for name, low in smallest.items():
+        if values.get(name) is not None and not low <= values[name] < 2**32:
+            raise InputError(f"{name}: {values[name]} is out of range, at least {low} and below 2**32 is needed")
+    epochs = values.get("num_train_epochs", 1)
+    if not 0 < epochs < 2**32:
+        raise InputError(f"num_train_epochs: {epochs} is out of range, more than 0 is needed")
+
+
+def _bridge_versions(values: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
+    """Let the share of warm-up steps be given under either name.
+
+    Transformers 4.57 calls it ``warmup_ratio``; in 5 that is gone and ``warmup_steps`` below 1 means the same.
+    """
+    values = dict(values)
+    if "warmup_ratio" in values and "warmup_ratio" not in hints:
+        values["warmup_steps"] = values.pop("warmup_ratio")
+    steps = values.get("warmup_steps")
+    if hints.get("warmup_steps") is int and isinstance(steps, float):
+        if 0 < steps < 1:
+            values["warmup_ratio"] = values.pop("warmup_steps")
+        elif steps.is_integer():
+            values["warmup_steps"] = int(steps)
+    return values
+
+
+def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: should hold `key: value` lines, but holds {_describe(type(values))}")
+    for key in values:
+        if key not in hints:
+            raise InputError(f"{path}: {_unknown(str(key), hints)}")
+    return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader, refusing a key that is given twice (of which YAML would silently keep the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that returns only what was given, and raises InputError instead of printing its whole usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(message)
+
+
+def _read_command_line(
+    dataclass_types: Sequence[type], argv: list[str], hints: dict[str, Any], description: str | None
+) -> dict[str, Any]:
+    parser = _Parser(
+        list(dataclass_types),
+        description=description,
+        usage="%(prog)s [CONFIG.yaml] [--key value ...]",
+        conflict_handler="resolve",
+        allow_abbrev=False,
+    )
+    if "warmup_ratio" in hints and "--warmup_ratio" not in parser._option_string_actions:
+        parser.add_argument("--warmup_ratio", type=float, help="Share of the steps with a rising learning rate.")
+    for action in parser._actions:
+        if action.dest not in hints:
+            continue
+        if action.default not in (None, argparse.SUPPRESS):
+            default = str(getattr(action.default, "value", action.default)).replace("%", "%%")
+            action.help = f"{action.help or ''} (default: {default})".strip()
+        action.default, action.required = argparse.SUPPRESS, False
+        if action.nargs in (None, "?") and _options(hints[action.dest]) & {dict, list}:
+            action.type = _structured(action.type)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("--"):
+            raise InputError(f"{unknown[0]!r} belongs to no option; a YAML file comes first, options are --key value")
+        raise InputError(_unknown(name.lstrip("-").replace("-", "_"), hints))
+    return vars(known)
+
+
+def _structured(convert: Callable[[str], Any] | None) -> Callable[[str], Any]:
+    """Read ``{a: 1}`` and ``[x, y]`` on the command line as YAML, everything else as before."""
+
+    def read(text: str) -> Any:
+        if text.lstrip()[:1] in ("{", "["):
+            try:
+                return yaml.load(text, Loader=_UniqueKeyLoader)
+            except yaml.YAMLError as error:
+                raise argparse.ArgumentTypeError(f"{text!r} is not readable as YAML: {error}") from error
+        return convert(text) if isinstance(convert, types.FunctionType | type) else text
+
+    return read
+
+
+def _unknown(name: str, hints: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(name, hints, n=3)
+    return f"unknown option {name!r}" + (f", did you mean {' or '.join(close)}?" if close else " (--help lists all)")
+
+
+def _options(hint: Any) -> set[Any]:
+    """The plain types a hint allows: ``dict[str, int] | str | None`` -> {dict, str, NoneType}."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set().union(*(_options(option) for option in typing.get_args(hint)))
+    return {typing.get_origin(hint) or hint}
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The values of the enumerations and literals among a hint's options."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [choice for option in typing.get_args(hint) for choice in _choices(option)]
+    if typing.get_origin(hint) is typing.Literal:
+        return list(typing.get_args(hint))
+    return [member.value for member in hint] if isinstance(hint, type) and issubclass(hint, Enum) else []
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    if isinstance(value, str | Enum) and _choices(hint):
+        return value in _choices(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in args)
+    if origin is list:
+        return isinstance(value, list) and all(_matches(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_matches(k, args[0]) and _matches(v, args[1]) for k, v in value.items())
+    if origin is typing.Literal:
+        return value in args
+    if hint is Any:
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _describe(hint: Any) -> str:
+    if choices := _choices(hint):
+        return "one of " + ", ".join(map(str, choices))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    words |= {dict: "a mapping", types.NoneType: "null"}
+    known = [word for kind, word in words.items() if kind in _options(hint)]
+    return " or ".join(known) or str(hint)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
