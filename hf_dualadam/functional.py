@@ -188,7 +188,7 @@ def _is_zero(alpha) -> bool:
 
 
 def _weighted(inverse: Tensor, alpha) -> Tensor:
-    """alpha * m*d; 0 after the switch even where m*d overflowed, also when the host cannot see that alpha is 0."""
+    """Weight the inverse update; 0 after the switch even where m*d overflowed and the host cannot see alpha."""
     weighted = inverse.mul_(alpha)
     return weighted if isinstance(alpha, float) else torch.where(alpha > 0, weighted, 0.0)
 

@@ -133,31 +133,27 @@ class DualAdam(Optimizer):
         Raises:
             ValueError: the state does not fit the parameters, or has no Adam moments.
         """
-        foreign = sorted({_saved_by(group) for group in state_dict["param_groups"]} - {type(self).__name__})
+        saved_by = [group.get("optimizer", "another optimizer") for group in state_dict["param_groups"]]
+        foreign = sorted(set(saved_by) - {type(self).__name__})
         _check_moments(state_dict)
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         self._restore_dtypes(state_dict)
-        for group, old in zip(self.param_groups, before):
-            kept = _PATH_OPTIONS
-            if _saved_by(group) != type(self).__name__:
-                kept += (
-                    "switch_rate",
-                    "switch_fraction",
-                    "planned_steps",
-                    "normalize_inverse",
-                    "maximize",
-                    "optimizer",
-                )
-            group.update({name: old[name] for name in kept if name in old})
+        for group, old, name in zip(self.param_groups, before, saved_by):
+            kept = _PATH_OPTIONS + (_OWN_OPTIONS if name in foreign else ())
+            group.update({option: old[option] for option in kept if option in old})
             _place_steps(group, self.state)
+        notes = []
         if foreign:
-            warnings.warn(
+            notes.append(
                 f"The loaded state was saved by {', '.join(foreign)}, not by {type(self).__name__}: its moments and "
-                "step counts are taken over, so the steps already done count towards the switch to AdamW.",
-                stacklevel=2,
+                "step counts are taken over, so the steps already done count towards the switch to AdamW."
             )
-        _warn_overridden(before, self.param_groups)
+        replaced = _replaced_options(before, self.param_groups)
+        if replaced:
+            notes.append(f"The loaded state replaces options that were given: {', '.join(replaced)}.")
+        if notes:
+            warnings.warn(" ".join(notes), stacklevel=2)
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Undo torch's cast of the moments to the parameter's dtype (pytorch issue 43706)."""
@@ -338,10 +334,6 @@ def _write_back(item: tuple[Tensor, ...], tensors) -> None:
             target.copy_(value)
 
 
-def _saved_by(group: dict[str, Any]) -> str:
-    return group.get("optimizer", "another optimizer")
-
-
 def _check_moments(state_dict: dict[str, Any]) -> None:
     """Refuse the state of an optimizer without Adam's moments, before anything is overwritten."""
     for index, state in state_dict["state"].items():
@@ -362,8 +354,8 @@ def _place_steps(group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> 
             state[param]["step"] = step.reshape(())
 
 
-def _warn_overridden(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
-    """Say once which options given to this optimizer the loaded state has replaced."""
+def _replaced_options(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+    """The options given to this optimizer that a loaded state has replaced."""
     changes = []
     for index, (old, new) in enumerate(zip(before, after)):
         # switch_fraction stands for the rate that it resolves to, and lr itself moves with every schedule.
@@ -373,8 +365,7 @@ def _warn_overridden(before: list[dict[str, Any]], after: list[dict[str, Any]]) 
                 continue
             if _differs(old.get(name), new.get(name)):
                 changes.append(f"{name}: {new.get(name)} instead of {old.get(name)} (group {index})")
-    if changes:
-        warnings.warn("The loaded state replaces options that were given: " + ", ".join(changes) + ".", stacklevel=3)
+    return changes
 
 
 def _differs(old, new) -> bool:

@@ -246,7 +246,7 @@ class DualAdamCallback(TrainerCallback):
         if not isinstance(inner, DualAdam):
             if args.optim in OPTIMIZERS and type(inner).__module__.startswith("deepspeed"):
                 raise RuntimeError(
-                    f"DeepSpeed's offload has replaced {args.optim} by {type(inner).__name__}: "
+                    f"DeepSpeed's offload has replaced {OPTIMIZERS[args.optim].__name__} by {type(inner).__name__}: "
                     'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.'
                 )
             self._warn_left_behind(inner)

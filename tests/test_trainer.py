@@ -1,0 +1,335 @@
+"""DualAdam and InvAdam in Trainer: names, options, planned steps, resume, logs and warnings."""
+
+import dataclasses
+import json
+import logging
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import HfArgumentParser, SchedulerType, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+import hf_dualadam
+from hf_dualadam import DualAdam, InvAdam
+from hf_dualadam.trainer import OPTIM_ARGS, DualAdamCallback, parse_optim_args
+
+
+class TinyModel(torch.nn.Module):
+    """A regression that Trainer can run."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+
+    def forward(self, x, labels=None):
+        logits = self.layers(x).squeeze(-1)
+        return {"loss": torch.nn.functional.mse_loss(logits, labels), "logits": logits}
+
+
+def _data(rows=64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 4, generator=generator)
+    return [{"x": a, "labels": b} for a, b in zip(x, (x**2).sum(1))]
+
+
+def _arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "optim": "dualadam",
+        "per_device_train_batch_size": 8,
+        "max_steps": 12,
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def _train(folder, resume=None, **options):
+    trainer = Trainer(TinyModel(), _arguments(folder, **options), train_dataset=_data(), eval_dataset=_data(16))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def _weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def _optimizer(trainer):
+    return trainer.optimizer.optimizer
+
+
+@pytest.mark.parametrize("name", ["dualadam", "invadam"])
+def test_arguments_print_serialize_and_come_back(name, tmp_path):
+    args = _arguments(tmp_path, optim=name)
+    assert args.optim == name == OptimizerNames(name).value
+    assert name.upper() in repr(args) and json.loads(args.to_json_string())["optim"] == name
+    assert pickle.loads(pickle.dumps(args)).optim == name
+    assert dataclasses.replace(args, seed=1).optim == name
+    torch.save(args, tmp_path / "training_args.bin")
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).optim == name
+    assert args.to_sanitized_dict()["optim"] == name
+
+
+def test_command_line_takes_and_lists_the_names(tmp_path, capsys):
+    parser = HfArgumentParser(TrainingArguments)
+    arguments = ["--output_dir", str(tmp_path), "--optim", "invadam", "--optim_args", "normalize_inverse=true"]
+    (args,) = parser.parse_args_into_dataclasses(arguments)
+    assert args.optim == "invadam"
+    choices = next(action.choices for action in parser._actions if action.dest == "optim")
+    assert {"dualadam", "invadam"} <= set(choices)
+    assert "dualadam" in parser.format_help()
+
+
+def test_register_may_be_called_again():
+    members = list(OptimizerNames)
+    hf_dualadam.register()
+    hf_dualadam.register()
+    assert list(OptimizerNames) == members and OptimizerNames.DUALADAM is OptimizerNames("dualadam")
+
+
+def test_set_optimizer(tmp_path):
+    args = _arguments(tmp_path, optim="adamw_torch")
+    args.set_optimizer(name="dualadam", learning_rate=0.5, beta1=0.8, args="switch_rate=0.25")
+    group = _optimizer(_run_with(args)).param_groups[0]
+    assert group["switch_rate"] == 0.25 and group["betas"] == (0.8, 0.999) and group["initial_lr"] == 0.5
+
+
+def _run_with(args):
+    trainer = Trainer(TinyModel(), args, train_dataset=_data())
+    trainer.train()
+    return trainer
+
+
+def test_hyper_parameters_and_groups_are_adamws(tmp_path):
+    options = {"weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    ours = _optimizer(_train(tmp_path, **options, optim_args="switch_rate=0.5, normalize_inverse=True"))
+    theirs = _optimizer(_train(tmp_path, **options, optim="adamw_torch"))
+    assert type(ours) is DualAdam
+    for group, other in zip(ours.param_groups, theirs.param_groups):
+        for name in ("betas", "eps", "weight_decay", "initial_lr"):
+            assert group[name] == other[name]
+        assert [p.shape for p in group["params"]] == [p.shape for p in other["params"]]
+        assert group["switch_rate"] == 0.5 and group["normalize_inverse"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        (None, {}),
+        ("", {}),
+        ("switch_rate=1e-4", {"switch_rate": 1e-4}),
+        (" switch_fraction = 0.5 , normalize_inverse=False", {"switch_fraction": 0.5, "normalize_inverse": False}),
+        ("normalize_inverse=true,foreach=FALSE,fused=1", {"normalize_inverse": True, "foreach": False, "fused": True}),
+    ],
+)
+def test_optim_args_are_parsed_by_type(text, parsed):
+    assert parse_optim_args(text) == parsed
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("alhpa=1", "unknown key 'alhpa' for DualAdam - should be one of switch_rate, switch_fraction, normalize"),
+        ("switch_rate=1.5", r"switch_rate=1.5 - should be a number in \[0, 1\]"),
+        ("switch_rate=nan", "switch_rate=nan"),
+        ("switch_rate=fast", "switch_rate=fast"),
+        ("switch_fraction=0", r"switch_fraction=0 - should be a number in \(0, 1\]"),
+        ("switch_fraction=2", "switch_fraction=2"),
+        ("normalize_inverse=maybe", "normalize_inverse=maybe - should be true or false"),
+        ("fused", "'fused' in 'fused' - should be key=value"),
+        ("fused=true,", "should be key=value"),
+        ("switch_rate=0.1,switch_rate=0.2", "switch_rate is given twice"),
+        ("switch_rate=0.1,switch_fraction=0.2", "both switch_rate and switch_fraction"),
+        ("foreach=true,fused=true", "both foreach and fused"),
+    ],
+)
+def test_bad_optim_args_stop_at_the_trainer(text, match, tmp_path):
+    with pytest.raises(ValueError, match=f"Invalid optim_args: .*{match}"):
+        Trainer(TinyModel(), _arguments(tmp_path, optim_args=text), train_dataset=_data())
+
+
+def test_invadam_has_no_switch(tmp_path):
+    with pytest.raises(ValueError, match="unknown key 'switch_rate' for InvAdam - should be one of normalize_inverse"):
+        Trainer(TinyModel(), _arguments(tmp_path, optim="invadam", optim_args="switch_rate=0.1"))
+
+
+def test_every_option_is_described():
+    assert all(option.allowed and option.meaning for option in OPTIM_ARGS.values())
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 12}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_switch_fraction_is_of_the_planned_steps(options, tmp_path):
+    trainer = _train(tmp_path, optim_args="switch_fraction=0.25", **options)
+    group = _optimizer(trainer).param_groups[0]
+    assert group["planned_steps"] == trainer.state.max_steps
+    assert group["switch_rate"] == pytest.approx(1 / (0.25 * trainer.state.max_steps))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optim_args": "switch_fraction=0.9"},
+        {"optim_args": "switch_rate=0.1,normalize_inverse=true", "gradient_accumulation_steps": 2},
+        {"optim": "invadam", "bf16": True},
+    ],
+)
+def test_interrupted_run_ends_with_the_same_weights(options, tmp_path):
+    straight = _train(tmp_path / "straight", **options)
+    _train(tmp_path / "cut", save_strategy="steps", save_steps=5, **options)
+    resumed = _train(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-5"), **options)
+    assert torch.equal(_weights(straight), _weights(resumed))
+    groups = [_optimizer(t).param_groups[0] for t in (straight, resumed)]
+    assert groups[0]["switch_rate"] == groups[1]["switch_rate"]
+
+
+def test_resumed_run_keeps_its_switch_when_more_steps_are_planned(tmp_path, recwarn):
+    first = _train(tmp_path, optim_args="switch_fraction=0.5", save_strategy="steps", save_steps=6)
+    checkpoint = str(tmp_path / "checkpoint-6")
+    longer = _train(tmp_path, resume=checkpoint, optim_args="switch_fraction=0.5", max_steps=20)
+    assert _optimizer(longer).param_groups[0]["switch_rate"] == _optimizer(first).param_groups[0]["switch_rate"]
+    assert not [w for w in recwarn if "replaces options" in str(w.message)]
+    with pytest.warns(UserWarning, match="switch_fraction: 0.5 instead of 0.25"):
+        _train(tmp_path, resume=checkpoint, optim_args="switch_fraction=0.25", max_steps=20)
+    with pytest.warns(UserWarning, match="switch_fraction: 0.5 instead of None.*initial_lr: 0.01 instead of 0.5"):
+        _train(tmp_path, resume=checkpoint, optim_args="switch_rate=0.25", learning_rate=0.5)
+
+
+def test_checkpoints_of_adamw_and_back_are_noticed(tmp_path, caplog):
+    for name, other in (("adamw_torch", "dualadam"), ("dualadam", "adamw_torch")):
+        _train(tmp_path / name, optim=name, save_strategy="steps", save_steps=6)
+        checkpoint = str(tmp_path / name / "checkpoint-6")
+        if other == "dualadam":
+            with pytest.warns(UserWarning, match="saved by another optimizer, not by DualAdam"):
+                trainer = _train(tmp_path / other, resume=checkpoint, optim=other, optim_args="switch_fraction=0.5")
+            assert _optimizer(trainer).param_groups[0]["switch_rate"] == pytest.approx(1 / 6)
+        else:
+            _train(tmp_path / other, resume=checkpoint, optim=other)
+    assert "continues with AdamW from a checkpoint of DualAdam" in caplog.text
+
+
+def test_checkpoint_loads_without_the_package(tmp_path):
+    _train(tmp_path, save_strategy="steps", save_steps=6, optim_args="switch_fraction=0.5")
+    script = (
+        "import sys, torch; folder = sys.argv[1]\n"
+        "args = torch.load(folder + '/training_args.bin', weights_only=False)\n"
+        "state = torch.load(folder + '/optimizer.pt', weights_only=True)\n"
+        "assert args.optim == 'dualadam' and args.to_dict()['optim'] == 'dualadam'\n"
+        "assert state['param_groups'][0]['optimizer'] == 'DualAdam'\n"
+        "assert 'hf_dualadam' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "checkpoint-6")], check=True, cwd=tmp_path)
+
+
+def test_logs_show_the_inverse_part(tmp_path):
+    trainer = _train(tmp_path, optim_args="switch_rate=0.125", eval_strategy="steps", eval_steps=6)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["alpha"] for entry in logs] == [0.5, 0.0, 0.0]
+    assert logs[0]["inverse_share"] > 0 and logs[1]["inverse_share"] == 0.0
+    assert all(entry["inverse_rms_ratio"] > 0 for entry in logs)
+    assert not any("alpha" in entry for entry in trainer.state.log_history if "eval_loss" in entry)
+
+
+def test_inverse_share_is_that_of_the_last_update(tmp_path):
+    trainer = _train(
+        tmp_path, max_steps=1, logging_steps=1, optim_args="switch_rate=0.25", lr_scheduler_type="constant"
+    )
+    entry = trainer.state.log_history[0]
+    moments = [_optimizer(trainer).state[p] for p in trainer.model.parameters()]
+    m_hat = torch.cat([state["exp_avg"].flatten() / 0.1 for state in moments])
+    d = torch.cat([(state["exp_avg_sq"] / 0.001).sqrt().flatten() for state in moments]) + 1e-8
+    adam, inverse = m_hat / d, m_hat * d
+    update = 0.25 * adam + 0.75 * inverse
+    assert entry["inverse_share"] == pytest.approx((0.75 * inverse.norm() / update.norm()).item(), rel=1e-4)
+    assert entry["inverse_rms_ratio"] == pytest.approx((inverse.norm() / adam.norm()).item(), rel=1e-4)
+
+
+def test_normalized_inverse_logs_what_it_does(tmp_path):
+    trainer = _train(tmp_path, optim="invadam", optim_args="normalize_inverse=true")
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["alpha"] == 1.0 and entry["inverse_share"] == pytest.approx(1.0) for entry in logs)
+
+
+def test_adamw_runs_are_left_alone(tmp_path):
+    trainer = _train(tmp_path, optim="adamw_torch")
+    assert not any("alpha" in entry for entry in trainer.state.log_history)
+
+
+def test_warns_when_the_inverse_part_is_too_small_to_matter(tmp_path, caplog):
+    _train(tmp_path, max_grad_norm=1e-3)
+    assert caplog.text.count("too small to matter") == 1
+
+
+def test_warns_before_and_when_invadam_diverges(tmp_path, caplog):
+    _train(tmp_path, optim="invadam", learning_rate=0.5, logging_steps=1, max_grad_norm=0.0)
+    assert "large enough to diverge" in caplog.text
+    _train(tmp_path, optim="invadam", learning_rate=1e30, logging_steps=1, max_grad_norm=0.0)
+    assert "InvAdam has diverged by step" in caplog.text and "normalize_inverse=true" in caplog.text
+
+
+def test_stays_silent_on_a_healthy_run(tmp_path, caplog):
+    _train(tmp_path, optim_args="normalize_inverse=true", learning_rate=1e-3)
+    assert not [r for r in caplog.records if r.name.startswith("hf_dualadam") and r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("scheduler", [s.value for s in SchedulerType])
+def test_every_scheduler_runs(scheduler, tmp_path):
+    kwargs = {
+        "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+        "cosine_with_min_lr": {"min_lr_rate": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": 4},
+    }.get(scheduler, {})
+    options = {"eval_strategy": "steps", "eval_steps": 4} if scheduler in ("reduce_lr_on_plateau", "greedy") else {}
+    trainer = _train(
+        tmp_path, lr_scheduler_type=scheduler, lr_scheduler_kwargs=kwargs, warmup_steps=2, max_steps=8, **options
+    )
+    assert torch.isfinite(_weights(trainer)).all()
+
+
+def test_skipped_step_advances_nothing():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = DualAdam([param], lr=0.1, switch_rate=0.25)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    steps = []
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale((param * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps.append(optimizer.state[param]["step"].item())
+    assert steps == [1, 1, 2] and torch.isfinite(param).all()
+
+
+def test_optimizer_handed_to_trainer_is_logged_too(tmp_path):
+    model = TinyModel()
+    optimizer = InvAdam(model.parameters(), lr=0.01)
+    args = _arguments(tmp_path, optim="adamw_torch")
+    trainer = Trainer(model, args, train_dataset=_data(), optimizers=(optimizer, None))
+    trainer.train()
+    assert trainer.state.log_history[0]["alpha"] == 1.0
+
+
+class _Wrapper:
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+def test_deepspeed_offload_that_replaced_the_optimizer_stops(tmp_path):
+    replaced = type("DeepSpeedCPUAdam", (), {"__module__": "deepspeed.ops.adam.cpu_adam", "param_groups": []})()
+    with pytest.raises(RuntimeError, match='replaced DualAdam by DeepSpeedCPUAdam: set "zero_force_ds_cpu_optimizer"'):
+        DualAdamCallback().on_train_begin(_arguments(tmp_path), None, None, optimizer=_Wrapper(replaced))
+
+
+def test_normalizing_under_zero_stops(tmp_path):
+    inner = InvAdam([torch.nn.Parameter(torch.ones(2))], normalize_inverse=True)
+    zero = type("DeepSpeedZeroOptimizer", (_Wrapper,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    with pytest.raises(RuntimeError, match="normalize_inverse needs whole tensors"):
+        DualAdamCallback().on_train_begin(_arguments(tmp_path), None, None, optimizer=_Wrapper(zero(inner)))
