@@ -89,8 +89,21 @@ def parse(
     from_argv = _bridge_versions(_read_command_line(dataclass_types, argv, names, description), hints)
     if from_argv.get("optim", from_file.get("optim")) != from_file.get("optim") and "optim_args" not in from_argv:
         from_file.pop("optim_args", None)
-    given = from_file | from_argv
+    return from_values(dataclass_types, from_file | from_argv, defaults=defaults)
+
+
+def from_values(
+    dataclass_types: Sequence[type],
+    given: dict[str, Any],
+    *,
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] = training_defaults,
+) -> tuple[Any, ...]:
+    """One instance of each dataclass from values by name; arguments, checks and errors as for :func:`parse`."""
+    hints = {name: hint for cls in dataclass_types for name, hint in _fields(cls).items()}
+    given = _bridge_versions(given, hints)
     for name, value in given.items():
+        if name not in hints:
+            raise InputError(_unknown(name, hints))
         check_type(name, value, hints[name])
     filled = _bridge_versions(defaults(dict(given)), hints)
     values = {name: value for name, value in filled.items() if name in hints} | given

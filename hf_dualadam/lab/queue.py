@@ -1,0 +1,153 @@
+"""Shares the runs of a comparison between processes and machines, through an Optuna storage.
+
+Optuna holds one trial a run and hands each to one worker. Two rules on top of it make everything else unnecessary: a
+run's trial is the first one with its key that is not lost (so two workers may both add the same run), and a running
+trial whose pulse has stopped is lost (so killed workers leave nothing to clean up).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+RESULT = "result"
+MAX_LOSSES = 5  # a run that took its worker down this often is not tried again
+
+
+def open_storage(address: str) -> BaseStorage:
+    """Open or create a storage.
+
+    Args:
+        address: a database URL (``sqlite:///...``, ``postgresql://...``), or the path of a journal file, which works
+            on network file systems too.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if "://" in address:
+        return RDBStorage(address)
+    Path(address).parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(address))
+
+
+class RunQueue:
+    """The runs of one comparison.
+
+    Args:
+        storage: shared by all workers.
+        name: of the comparison; a storage can hold several.
+        pulse: seconds between signs of life of a running trial.
+        patience: seconds without one after which it is lost; clocks of different machines are never compared.
+    """
+
+    def __init__(self, storage: BaseStorage, name: str, pulse: float = 5.0, patience: float = 45.0):
+        self.storage, self.pulse, self.patience = storage, pulse, patience
+        self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        self._study_id = storage.get_study_id_from_name(name)
+        self._pulses: dict[int, tuple[Any, float]] = {}  # trial number -> last pulse seen, and when by our clock
+
+    def trials(self) -> dict[str, FrozenTrial]:
+        """The trial that counts for each run, by key."""
+        found: dict[str, FrozenTrial] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            lost = trial.state == TrialState.FAIL and RESULT not in trial.user_attrs
+            if not lost:
+                found.setdefault(trial.user_attrs["key"], trial)
+        return found
+
+    def results(self) -> dict[str, Any]:
+        """Results of the finished runs, by key."""
+        return {key: trial.user_attrs[RESULT] for key, trial in self.trials().items() if RESULT in trial.user_attrs}
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Add runs; those that are there already stay as they are."""
+        known = self.trials()
+        for key in keys:
+            if key not in known:
+                self.study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"key": key}))
+
+    def claim(self, keys: Iterable[str]) -> str | None:
+        """Take the first of ``keys`` that waits for a worker; None where none does."""
+        trials = self.trials()
+        for key in keys:
+            trial = trials.get(key)
+            if trial is None or trial.state != TrialState.WAITING:
+                continue
+            with contextlib.suppress(UpdateFinishedTrialError):  # another worker was faster, or even done
+                if self.storage.set_trial_state_values(self._id(trial), TrialState.RUNNING):
+                    return key
+        return None
+
+    @contextlib.contextmanager
+    def running(self, key: str) -> Iterator[None]:
+        """Give signs of life for a claimed run; an interrupt hands the run back."""
+        trial_id = self._id(self.trials()[key])
+        stop = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while not stop.wait(self.pulse):
+                count += 1
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    self.storage.set_trial_user_attr(trial_id, "pulse", count)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            self._lose(trial_id, key)
+            raise
+        finally:
+            stop.set()
+            thread.join()
+
+    def finish(self, key: str, result: Any, value: float | None) -> None:
+        """Store a claimed run's result; dropped where the run was given up for lost meanwhile.
+
+        Args:
+            key: the run.
+            result: JSON-serializable.
+            value: Optuna's objective value, None for a run that failed.
+        """
+        trial = self.trials()[key]
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self.storage.set_trial_user_attr(self._id(trial), RESULT, result)
+            state = TrialState.FAIL if value is None else TrialState.COMPLETE
+            self.storage.set_trial_state_values(self._id(trial), state, None if value is None else [value])
+
+    def reclaim(self) -> list[str]:
+        """Put runs whose worker has died back into the queue; returns their keys."""
+        now, lost = time.monotonic(), []
+        for key, trial in self.trials().items():
+            if trial.state != TrialState.RUNNING or RESULT in trial.user_attrs:
+                continue
+            pulse = trial.user_attrs.get("pulse")
+            seen, since = self._pulses.get(trial.number, (None, None))
+            if since is None or seen != pulse:
+                self._pulses[trial.number] = (pulse, now)
+            elif now - since > self.patience:
+                self._lose(self._id(trial), key)
+                lost.append(key)
+        return lost
+
+    def losses(self, key: str) -> int:
+        """How often the run was lost."""
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        return sum(trial.user_attrs["key"] == key and RESULT not in trial.user_attrs for trial in trials)
+
+    def _lose(self, trial_id: int, key: str) -> None:
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        self.add([key])
+
+    def _id(self, trial: FrozenTrial) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
