@@ -184,7 +184,7 @@ class DualAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batches = [(group, self._collect(group)) for group in self.param_groups]
-        for group, tensors in batches:
+        for group, tensors in kernels.update(batches):
             self._update(group, tensors)
         return loss
 
@@ -418,6 +418,6 @@ def _check_param(param: Tensor, group: dict[str, Any]) -> None:
     if group["capturable"] and param.device.type == "mps":
         raise ValueError("Invalid capturable: True with a parameter on mps - should be False there.")
     if group["fused"]:
-        reason = kernels.unavailable_reason(param)
+        reason = kernels.unavailable_reason(param, group)
         if reason:
             raise ValueError(f"Invalid fused: True - should be None or False here: {reason}")

@@ -1,0 +1,285 @@
+/* One step of DualAdam over all tensors of an optimizer, one pass over memory: the CPU kernel of hf_dualadam.
+ *
+ * Plain C, with no header of torch or Python, so one build fits every version of either. It links no OpenMP runtime:
+ * cpu.py hands over the entry point of the one that torch has loaded, so that there is never a second one.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE inline __attribute__((always_inline))
+#define CHUNK 32768 /* elements that one thread takes at a time; p, g, m and v of one float32 chunk are 512 KiB */
+#define LANES 16    /* independent sums per chunk, so that the compiler can use vectors without reordering any */
+
+/* Instruction sets to choose from at load time, where the compiler and the C library can. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CLONES
+#endif
+
+/* The rows that cpu.py fills: one per tensor, one per parameter group. All fields are 8 bytes wide. */
+typedef struct {
+    void *param, *grad, *exp_avg, *exp_avg_sq;
+    float *step;
+    int64_t numel, dtype, group;
+    int64_t first_chunk; /* filled here: number of chunks in the tensors before this one */
+    double norm_ratio;   /* filled here: scale of the inverse update, 1 unless it is normalized */
+} Tensor;
+
+typedef struct {
+    double lr, beta1, beta2, eps, weight_decay, switch_rate, maximize, normalize_inverse;
+} Group;
+
+typedef struct {
+    double beta1, beta2, eps, decay, step_size, bias2_sqrt, alpha, adam_share, sign;
+} StepScalars;
+
+enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+
+/* ---- half precision: conversions to and from float, to nearest even, without branches ---- */
+
+static INLINE float as_float(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static INLINE uint32_t as_bits(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static INLINE float from_bfloat16(uint16_t x)
+{
+    return as_float((uint32_t)x << 16);
+}
+
+static INLINE uint16_t to_bfloat16(float x)
+{
+    const uint32_t bits = as_bits(x);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded); /* NaN must not round to infinity */
+}
+
+static INLINE float from_float16(uint16_t x)
+{
+    const uint32_t magnitude = x & 0x7fff, sign = (uint32_t)(x & 0x8000) << 16;
+    const uint32_t normal = (magnitude << 13) + (112u << 23);         /* exponent bias 15 to 127 */
+    const uint32_t subnormal = as_bits((float)(int32_t)magnitude * 0x1p-24f);
+    const uint32_t infinite = (magnitude << 13) | 0x7f800000;         /* or NaN */
+    return as_float(sign | (magnitude >= 0x7c00 ? infinite : magnitude < 0x0400 ? subnormal : normal));
+}
+
+static INLINE uint16_t to_float16(float x)
+{
+    const uint32_t bits = as_bits(x), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000; /* 0.5 shifts the mantissa in place */
+    const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+    const uint32_t infinite = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    return (uint16_t)(sign | (magnitude >= 0x477ff000 ? infinite : finite)); /* 65520 and more round to infinity */
+}
+
+/* ---- the formula, once per dtype ---- */
+
+#define SAME(x) (x)
+
+#define NAME(function) function##_float32
+#define PARAM float
+#define STATE float
+#define REAL float
+#define FROM_PARAM SAME
+#define TO_PARAM SAME
+#define FROM_STATE SAME
+#define TO_STATE SAME
+#define SQRT sqrtf
+#include "formula.h"
+
+#undef NAME
+#undef PARAM
+#undef FROM_PARAM
+#undef TO_PARAM
+#define NAME(function) function##_float16
+#define PARAM uint16_t
+#define FROM_PARAM from_float16
+#define TO_PARAM to_float16
+#include "formula.h"
+
+#undef NAME
+#undef FROM_PARAM
+#undef TO_PARAM
+#undef STATE
+#undef FROM_STATE
+#undef TO_STATE
+#define NAME(function) function##_bfloat16
+#define FROM_PARAM from_bfloat16
+#define TO_PARAM to_bfloat16
+#define STATE uint16_t
+#define FROM_STATE from_bfloat16
+#define TO_STATE to_bfloat16
+#include "formula.h"
+
+#undef NAME
+#undef PARAM
+#undef STATE
+#undef REAL
+#undef FROM_PARAM
+#undef TO_PARAM
+#undef FROM_STATE
+#undef TO_STATE
+#undef SQRT
+#define NAME(function) function##_float64
+#define PARAM double
+#define STATE double
+#define REAL double
+#define FROM_PARAM SAME
+#define TO_PARAM SAME
+#define FROM_STATE SAME
+#define TO_STATE SAME
+#define SQRT sqrt
+#include "formula.h"
+
+typedef void (*Update)(const Tensor *, int64_t begin, int64_t end, const StepScalars *);
+typedef void (*Norms)(const Tensor *, int64_t begin, int64_t end, const StepScalars *, double sums[2]);
+static const Update updates[] = {update_float32, update_float64, update_bfloat16, update_float16};
+static const Norms norms[] = {norms_float32, norms_float64, norms_bfloat16, norms_float16};
+
+/* ---- scalars of a step, as functional.step_scalars ---- */
+
+static double inverse_weight(double step, double switch_rate)
+{
+    const double alpha = 1 - step * switch_rate;
+    return alpha < switch_rate ? 0 : alpha;
+}
+
+static StepScalars step_scalars(double step, const Group *group)
+{
+    const double alpha = inverse_weight(step, group->switch_rate);
+    return (StepScalars){
+        .beta1 = group->beta1,
+        .beta2 = group->beta2,
+        .eps = group->eps,
+        .decay = 1 - group->lr * group->weight_decay,
+        .step_size = group->lr / (1 - pow(group->beta1, step)),
+        .bias2_sqrt = sqrt(1 - pow(group->beta2, step)),
+        .alpha = alpha,
+        .adam_share = 1 - alpha,
+        .sign = group->maximize ? -1 : 1,
+    };
+}
+
+/* ---- all tensors, all threads ---- */
+
+typedef struct {
+    Tensor *tensors;
+    const Group *groups;
+    int64_t n_tensors, n_chunks, next_chunk;
+    double (*sums)[2]; /* one pair per chunk while norms are measured, else NULL */
+} Job;
+
+static int normalized(const Job *job, const Tensor *t)
+{
+    const Group *group = &job->groups[t->group];
+    return group->normalize_inverse && inverse_weight(*t->step, group->switch_rate) > 0;
+}
+
+static const Tensor *tensor_of_chunk(const Job *job, int64_t chunk)
+{
+    int64_t low = 0, high = job->n_tensors; /* the last tensor with first_chunk <= chunk; empty ones come before it */
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (job->tensors[middle].first_chunk <= chunk)
+            low = middle;
+        else
+            high = middle;
+    }
+    return &job->tensors[low];
+}
+
+/* What every thread does: take the next chunk until none is left. */
+static void work(void *data)
+{
+    Job *job = data;
+    StepScalars scalars;
+    double step = -1;
+    int64_t group = -1, chunk;
+    while ((chunk = __atomic_fetch_add(&job->next_chunk, 1, __ATOMIC_RELAXED)) < job->n_chunks) {
+        const Tensor *t = tensor_of_chunk(job, chunk);
+        const int64_t begin = (chunk - t->first_chunk) * CHUNK;
+        const int64_t end = t->numel - begin < CHUNK ? t->numel : begin + CHUNK;
+        if (*t->step != step || t->group != group) {
+            step = *t->step;
+            group = t->group;
+            scalars = step_scalars(step, &job->groups[group]);
+        }
+        if (!job->sums) {
+            StepScalars scaled = scalars;
+            scaled.alpha *= t->norm_ratio;
+            updates[t->dtype](t, begin, end, &scaled);
+        } else if (normalized(job, t)) {
+            norms[t->dtype](t, begin, end, &scalars, job->sums[chunk]);
+        }
+    }
+}
+
+typedef void (*Parallel)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+
+static void run(Job *job, unsigned threads, Parallel parallel)
+{
+    job->next_chunk = 0;
+    if (threads > 1)
+        parallel(work, job, threads, 0);
+    else
+        work(job);
+}
+
+static void set_norm_ratio(const Job *job, Tensor *t)
+{
+    const int64_t end = t->first_chunk + (t->numel + CHUNK - 1) / CHUNK;
+    double adam_sq = 0, inverse_sq = 0;
+    for (int64_t chunk = t->first_chunk; chunk < end; chunk++) {
+        adam_sq += job->sums[chunk][0];
+        inverse_sq += job->sums[chunk][1];
+    }
+    t->norm_ratio = inverse_sq > 0 ? sqrt(adam_sq / inverse_sq) : 0;
+}
+
+/* Counts the step of every tensor and updates it.
+ *   parallel   GOMP_parallel of the OpenMP runtime in use; not called, and may be NULL, if threads is 1
+ * Returns 0, or 1 if there was no memory; then nothing has changed. */
+int dual_update(Tensor *tensors, int64_t n_tensors, const Group *groups, int threads, Parallel parallel)
+{
+    Job job = {.tensors = tensors, .groups = groups, .n_tensors = n_tensors};
+    int64_t numel = 0;
+    int any_normalized = 0;
+    for (Tensor *t = tensors; t < tensors + n_tensors; t++) {
+        t->first_chunk = job.n_chunks;
+        t->norm_ratio = 1;
+        numel += t->numel;
+        job.n_chunks += (t->numel + CHUNK - 1) / CHUNK;
+        any_normalized |= groups[t->group].normalize_inverse != 0;
+    }
+    double (*sums)[2] = any_normalized ? malloc(job.n_chunks * sizeof *sums) : NULL;
+    if (any_normalized && job.n_chunks && !sums)
+        return 1;
+    for (Tensor *t = tensors; t < tensors + n_tensors; t++)
+        *t->step += 1;
+    if (numel <= CHUNK) /* waking the other threads would take longer */
+        threads = 1;
+    if (any_normalized) {
+        job.sums = sums;
+        run(&job, threads, parallel);
+        for (Tensor *t = tensors; t < tensors + n_tensors; t++)
+            if (normalized(&job, t))
+                set_norm_ratio(&job, t);
+        job.sums = NULL;
+    }
+    run(&job, threads, parallel);
+    free(sums);
+    return 0;
+}
