@@ -287,7 +287,8 @@ def _batches(group: dict[str, Any], tensors: list[tuple[Tensor, ...]], foreach: 
         options["lr"] = float(options["lr"])
     batches = defaultdict(list)
     for item in tensors:
-        key = (item[-1].item() if on_host else None, *((t.device, t.dtype) for t in item[:4]))
+        mesh = getattr(item[0], "device_mesh", None)  # one call takes plain tensors or DTensors of one mesh
+        key = (item[-1].item() if on_host else None, mesh, *((t.device, t.dtype) for t in item[:4]))
         batches[key].append(item)
     for (step, *_), batch in batches.items():
         if on_host:
