@@ -4,20 +4,18 @@
 optimizer, learning rate and seed with other ``TrainingArguments``; the trained model and the data stay within reach.
 """
 
-import contextlib
 import logging
-import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..trainer import OPTIMIZERS
 from .config import InputError
 from .plots import plot_learning_curves
 
@@ -26,6 +24,7 @@ logger = logging.getLogger(__name__)
 # Prefix of the metrics measured on training examples after training. Trainer's own `train_loss` is something else: the
 # mean over all steps of the run, with dropout and augmentation on.
 TRAIN_EVAL = "train_eval"
+SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 RUN_FILES = ("checkpoint-*", "*_results.json", "predict_results_*.txt", "trainer_state.json", "training_args.bin")
 RUN_FILES += ("model*.safetensors", "pytorch_model*.bin", "adapter_model*", "learning_curves.png")
 
@@ -145,20 +144,154 @@ def run(
     if args.do_train:
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         metrics["train_samples"] = len(train_dataset)
-        if write:
-            trainer.save_model()
-            trainer.save_state()
     if args.do_eval:
-        metrics |= evaluate_generalization(trainer, task, eval_datasets, with_train=args.do_train)
-    if write:
-        for split in ("train", "eval"):
-            _save_metrics(trainer, split, metrics)
+        metrics |= _evaluate(trainer, task, eval_datasets)
     if args.do_predict:
-        metrics |= predict(trainer, task, write)
-    if write and args.do_train and trainer.is_world_process_zero():
+        metrics |= _predict(trainer, task, write)
+    if write:
+        _write(trainer, task, metrics)
+    return Run(metrics, trainer, task)
+
+
+def check_output_dir(args: TrainingArguments, overwrite_output_dir: bool = False) -> str | None:
+    """Refuse an output folder that holds another run; return the checkpoint to resume from, if any.
+
+    Raises:
+        InputError: the folder holds files of a run and neither resume_from_checkpoint nor overwrite_output_dir is
+            given, or the checkpoint to resume from is not there or incomplete.
+    """
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is not a folder")
+    checkpoint = _checkpoint(args.resume_from_checkpoint, folder)
+    held = _run_files(folder)
+    if checkpoint is not None and folder.resolve() in Path(checkpoint).resolve().parents:
+        return checkpoint
+    if held and not overwrite_output_dir:
+        raise InputError(
+            f"output_dir: {folder} holds another run ({', '.join(path.name for path in held[:3])}, ...); name another "
+            "folder, or give resume_from_checkpoint=true to continue it or overwrite_output_dir=true to replace it"
+        )
+    return checkpoint
+
+
+def generalization_gap(metrics: dict[str, float], names: Iterable[str], suffix: str = "") -> dict[str, float]:
+    """How much worse a model is on held-out examples than on training examples.
+
+    Args:
+        metrics: with ``eval_<name>`` and ``train_eval_<name>``.
+        names: the measures; for ``loss`` the gap is held-out minus training, for the others training minus held-out.
+        suffix: of the held-out measures, "_mm" for MNLI mismatched.
+    """
+    gaps = {}
+    for name in names:
+        difference = metrics[f"{TRAIN_EVAL}_{name}"] - metrics[f"eval_{name}{suffix}"]
+        gaps[f"generalization_gap_{name}{suffix}"] = -difference if name == "loss" else difference
+    return gaps
+
+
+def summary(run: Run) -> str:
+    """A short table for the end of a script: held-out and training metrics, gap, majority class, files."""
+    metrics, task, args = run.metrics, run.task, run.trainer.args
+    lines = [f"{task.name}: optim={args.optim}, {run.trainer.state.global_step} steps, files in {args.output_dir}"]
+    lines.append(f"{'':24}{'held-out':>10}{'training':>10}{'gap':>10}{'majority':>10}")
+    for key in metrics:
+        name = key.removeprefix("eval_")
+        if not key.startswith("eval_") or name.startswith(SPEED) or name.startswith("samples"):
+            continue
+        cells = [metrics[key], metrics.get(f"{TRAIN_EVAL}_{name}"), metrics.get(f"generalization_gap_{name}")]
+        cells.append(task.baseline if name == task.main_metric else None)
+        lines.append(f"{name:24}" + "".join(f"{'' if cell is None else format(cell, '.4f'):>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _checkpoint(resume: str | None, folder: Path) -> str | None:
+    if resume is None or resume.lower() == "false":
+        return None
+    checkpoint = resume
+    if resume.lower() == "true":
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if checkpoint is None:
+            raise InputError(f"resume_from_checkpoint: {folder} holds no checkpoint-<step> folder")
+    if not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise InputError(f"resume_from_checkpoint: {checkpoint} is not a checkpoint, it holds no trainer_state.json")
+    return checkpoint
+
+
+def _run_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
+
+
+def _remove_run(folder: Path) -> None:
+    for path in _run_files(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _evaluate(trainer: Trainer, task: Task, eval_datasets: dict[str, Any]) -> dict[str, float]:
+    """Held-out metrics and, after training, those on training examples and the gap between the two."""
+    metrics: dict[str, float] = {}
+    measured = []
+    if trainer.args.do_train:
+        count = min(len(task.train_dataset), max(map(len, eval_datasets.values())))
+        rows = np.sort(np.random.default_rng(0).permutation(len(task.train_dataset))[:count])
+        metrics |= trainer.evaluate(task.eval_view(task.train_dataset.select(rows)), metric_key_prefix=TRAIN_EVAL)
+        metrics[f"{TRAIN_EVAL}_samples"] = count
+    for suffix, dataset in eval_datasets.items():
+        results = trainer.evaluate(dataset)
+        measured = [name for key in results if not (name := key.removeprefix("eval_")).startswith(SPEED)]
+        measured = [name for name in measured if name != "epoch"]
+        metrics |= {key if key == "epoch" else key + suffix: value for key, value in results.items()}
+        metrics[f"eval_samples{suffix}"] = len(dataset)
+        if trainer.args.do_train:
+            metrics |= generalization_gap(metrics, measured, suffix)
+    return metrics
+
+
+def _predict(trainer: Trainer, task: Task, write: bool) -> dict[str, float]:
+    """Predictions as text files, one line an example; metrics too where the examples have labels."""
+    metrics: dict[str, float] = {}
+    for suffix, dataset in task.predict_datasets.items():
+        output = trainer.predict(task.eval_view(dataset), metric_key_prefix="predict")
+        metrics |= {key + suffix: value for key, value in output.metrics.items()}
+        metrics[f"predict_samples{suffix}"] = len(dataset)
+        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        if task.label_names is None:
+            predicted = [f"{score:.3f}" for score in logits.reshape(-1)]
+        else:
+            predicted = [task.label_names[index] for index in logits.argmax(axis=-1)]
+        if write and trainer.is_world_process_zero():
+            lines = ["index\tprediction", *(f"{index}\t{label}" for index, label in enumerate(predicted))]
+            path = Path(trainer.args.output_dir) / f"predict_results_{task.name}{suffix}.txt"
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return metrics
+
+
+def _write(trainer: Trainer, task: Task, metrics: dict[str, float]) -> None:
+    """Model, metrics files, learning curves and model card."""
+    args = trainer.args
+    for split in ("train", "eval", "predict"):
+        prefixes = {"eval": ("eval_", TRAIN_EVAL, "generalization_gap_")}.get(split, (f"{split}_",))
+        part = {key: value for key, value in metrics.items() if key.startswith(prefixes) or key == "epoch"}
+        if split == "train":
+            part = {key: value for key, value in part.items() if not key.startswith(TRAIN_EVAL)}
+        if getattr(args, f"do_{split}"):
+            trainer.log_metrics(split, part)
+            trainer.save_metrics(split, part)
+    if not args.do_train:
+        return
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
         plot_learning_curves(
             trainer.state.log_history, task.main_metric, Path(args.output_dir) / "learning_curves.png", task.name
         )
-    if write and args.do_train:
-        _write_card(trainer, task)
-    return Run(metrics, trainer, task)
+    if args.push_to_hub:
+        trainer.push_to_hub(**task.card)
+    else:
+        trainer.create_model_card(**task.card)
+
+
+def splits_needed(args: TrainingArguments) -> list[str]:
+    """The splits that do_train, do_eval and do_predict ask for."""
+    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    return [split for split, needed in wanted.items() if needed]

@@ -1,0 +1,255 @@
+"""The nine GLUE tasks, and any other text classification with one or two texts: arguments -> Task."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PretrainedConfig
+
+from . import data
+from .config import InputError
+from .data import DataArguments, Table
+from .embedded import MINILM, resolve_model
+from .metrics import LocalMetric, compute_metrics_for, majority_baseline
+from .models import ModelArguments, load_config, loading, model_builder, model_card_of_embedded
+from .training import Task
+
+
+class GlueTask(NamedTuple):
+    """One task: its text columns, class names by index (none for a regression), and measures, the main one first."""
+
+    texts: tuple[str, ...]
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
+TASKS = {
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
+    "sst2": GlueTask(("sentence",), ("negative", "positive"), ("accuracy",)),
+    "mrpc": GlueTask(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "stsb": GlueTask(("sentence1", "sentence2"), (), ("pearson", "spearmanr")),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "mnli": GlueTask(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",)),
+    "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",)),
+    "rte": GlueTask(("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",)),
+    "wnli": GlueTask(("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
+}
+SCORE_RANGE = (0.0, 5.0)  # of STS-B
+HUB = "nyu-mll/glue"
+# MNLI has its held-out examples from the genres of the training data, and from other ones.
+SPLITS = {"train": {"": "train"}, "validation": {"": "validation"}, "test": {"": "test"}}
+MNLI_SPLITS = {
+    "train": {"": "train"},
+    "validation": {"": "validation_matched", "_mm": "validation_mismatched"},
+    "test": {"": "test_matched", "_mm": "test_mismatched"},
+}
+
+
+@dataclass
+class GlueArguments(DataArguments):
+    """Which task, and how its texts become tokens."""
+
+    task_name: str | None = field(
+        default=None,
+        metadata={"help": f"A GLUE task, {', '.join(TASKS)}; or none, for other texts with a label column."},
+    )
+    text_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "One or two text columns, without task_name; by default the first text columns."},
+    )
+    label_column: str = field(default="label", metadata={"help": "The column of the classes (or of STS-B's scores)."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "By default the model's."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a tokenizer of the tokenizers library."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer token sequences are cut."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad all to max_seq_length, not each batch to its longest."}
+    )
+
+    def __post_init__(self):
+        """Check names and ranges."""
+        super().__post_init__()
+        if self.task_name is not None:
+            self.task_name = self.task_name.lower().replace("-", "")
+            if self.task_name not in TASKS:
+                raise InputError(f"task_name: {self.task_name!r} is not one of {', '.join(TASKS)}")
+            if self.text_columns:
+                raise InputError("text_columns: only without task_name")
+        if self.text_columns is not None and len(self.text_columns) not in (1, 2):
+            raise InputError(f"text_columns: {self.text_columns} should be one or two columns")
+        if self.max_seq_length < 1:
+            raise InputError(f"max_seq_length: {self.max_seq_length} is out of range, at least 1 is needed")
+
+    @property
+    def name(self) -> str:
+        """Short name of the task for files and titles."""
+        return self.task_name or (self.dataset_name or "text").rpartition("/")[2]
+
+
+def build(
+    args: GlueArguments,
+    model_args: ModelArguments,
+    *,
+    splits: Iterable[str] = ("train", "validation"),
+    pad_to_multiple_of: int | None = None,
+) -> Task:
+    """Load, check and tokenize the examples; nothing is written but caches.
+
+    Args:
+        args: the task and its data.
+        model_args: the model; embedded/minilm when it names none.
+        splits: which of train, validation and test are needed.
+        pad_to_multiple_of: tokens a batch is padded to a multiple of, 8 for half precision.
+
+    Raises:
+        InputError: data or model cannot be had, or hold something unexpected.
+    """
+    if not (model_args.model_name_or_path or model_args.model_config or model_args.config_name):
+        model_args = replace(model_args, model_name_or_path=MINILM)
+    tables = _load_tables(args, splits)
+    config = load_config(model_args)
+    task = TASKS[args.task_name] if args.task_name else _infer_task(args, tables, config)
+    classes = _model_order(task.classes, config)
+    tokenizer = _load_tokenizer(args, model_args, config)
+    _set_labels(config, classes)
+    encode = partial(_encode, args=args, task=task, classes=classes, tokenizer=tokenizer, config=config)
+    train = encode(tables["train"][""], limit=args.max_train_samples) if "train" in tables else None
+    held_out = {suffix: encode(t, limit=args.max_eval_samples) for suffix, t in tables.get("validation", {}).items()}
+    unseen = {suffix: encode(table, to_predict=True) for suffix, table in tables.get("test", {}).items()}
+    metric = LocalMetric(list(task.metrics))
+    return Task(
+        name=args.name,
+        build_model=model_builder(model_args, config, AutoModelForSequenceClassification),
+        train_dataset=train,
+        eval_datasets=held_out,
+        predict_datasets=unseen,
+        compute_metrics=compute_metrics_for(metric),
+        main_metric=task.metrics[0],
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of),
+        processing_class=tokenizer,
+        label_names=list(classes) or None,
+        baseline=majority_baseline(metric, train, held_out.get("")),
+        card=_card(args, model_args),
+    )
+
+
+def _load_tables(args: GlueArguments, splits: Iterable[str]) -> dict[str, dict[str, Table]]:
+    """Split -> suffix of its metrics -> table."""
+    names = {split: (MNLI_SPLITS if args.task_name == "mnli" else SPLITS)[split] for split in splits}
+    wanted = [name for by_suffix in names.values() for name in by_suffix.values()]
+    hub = (HUB, args.task_name) if args.task_name else None
+    found = data.load_tables(args, dict.fromkeys([*wanted, *names]), hub)
+    tables = {
+        split: {suffix: found[name] for suffix, name in by_suffix.items() if name in found}
+        or ({"": found[split]} if split in found else {})
+        for split, by_suffix in names.items()
+    }
+    for split, by_suffix in tables.items():
+        if not by_suffix:
+            raise InputError(data.missing_split(args, names[split][""]))
+    return tables
+
+
+def _infer_task(args: GlueArguments, tables: dict[str, dict[str, Table]], config: PretrainedConfig) -> GlueTask:
+    """The task of texts without task_name: text columns by name or by content, classes from data or model."""
+    known = [table for by_suffix in tables.values() for table in by_suffix.values()]
+    columns = args.text_columns
+    if not columns:
+        usual = [{"sentence1", "sentence2"}, {"sentence"}, {"text"}]
+        columns = next((sorted(names) for names in usual if names <= set(known[0].columns)), None)
+    if not columns:
+        first_rows = {name: next(iter(values), None) for name, values in known[0].columns.items()}
+        columns = [n for n, value in first_rows.items() if isinstance(value, str) and n != args.label_column][:2]
+    if not columns:
+        raise InputError(f"{known[0].name}: holds no text column; there are {', '.join(known[0].columns)}")
+    stored = next((t.class_names[args.label_column] for t in known if args.label_column in t.class_names), None)
+    if stored:
+        classes = stored
+    elif "train" in tables:
+        classes = data.infer_classes(tables["train"][""], args.label_column)
+    else:
+        classes = [config.id2label[index] for index in range(config.num_labels)]
+    return GlueTask(tuple(columns), tuple(classes), ("accuracy",))
+
+
+def _model_order(classes: tuple[str, ...], config: PretrainedConfig) -> tuple[str, ...]:
+    """The classes in the order of a model that was trained on them, else as they are."""
+    of_model = {name.lower(): index for index, name in config.id2label.items()}
+    if sorted(of_model) == sorted(name.lower() for name in classes):
+        return tuple(sorted(classes, key=lambda name: of_model[name.lower()]))
+    return classes
+
+
+def _set_labels(config: PretrainedConfig, classes: tuple[str, ...]) -> None:
+    config.id2label = dict(enumerate(classes)) or {0: "score"}
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    config.problem_type = "single_label_classification" if classes else "regression"
+
+
+def _load_tokenizer(args: GlueArguments, model_args: ModelArguments, config: PretrainedConfig) -> Any:
+    name = args.tokenizer_name or model_args.model_name_or_path or model_args.config_name
+    if name is None:
+        raise InputError("tokenizer_name: missing; a model from model_config needs the tokenizer of another model")
+    option = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
+    with loading(option, name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name), use_fast=args.use_fast_tokenizer, **model_args.hub_kwargs
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{option}: {name!r} has {len(tokenizer)} tokens, the model only {config.vocab_size}")
+    return tokenizer
+
+
+def _encode(
+    table: Table,
+    args: GlueArguments,
+    task: GlueTask,
+    classes: tuple[str, ...],
+    tokenizer: Any,
+    config: PretrainedConfig,
+    *,
+    limit: int | None = None,
+    to_predict: bool = False,
+) -> Dataset:
+    """Tokens and, where there are any, labels in the model's order."""
+    table.require(task.texts if to_predict else (*task.texts, args.label_column))
+    columns: dict[str, list] = {f"text{index}": data.texts(table, name) for index, name in enumerate(task.texts)}
+    if task.classes:
+        labels = data.class_labels(table, args.label_column, task.classes, optional=to_predict)
+        labels = labels and [classes.index(task.classes[label]) for label in labels]
+    else:
+        labels = data.scores(table, args.label_column, *SCORE_RANGE, optional=to_predict)
+    if labels is not None:
+        columns["label"] = labels
+    rows = Dataset.from_dict(columns)
+    if to_predict:
+        rows = rows.select(range(min(len(rows), args.max_predict_samples or len(rows))))
+    else:
+        rows = data.sample(rows, limit)
+    text_columns = [name for name in columns if name != "label"]
+    longest = min(args.max_seq_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**31))
+    return rows.map(
+        lambda batch: tokenizer(
+            *(batch[name] for name in text_columns),
+            padding="max_length" if args.pad_to_max_length else False,
+            truncation=True,
+            max_length=longest,
+        ),
+        batched=True,
+        remove_columns=text_columns,
+        desc=f"Tokenizing {table.name}",
+    )
+
+
+def _card(args: GlueArguments, model_args: ModelArguments) -> dict[str, Any]:
+    card: dict[str, Any] = {"tasks": "text-classification"}
+    if args.task_name:
+        card |= {"language": "en", "dataset": f"GLUE {args.task_name.upper()}"}
+        card |= {"dataset_tags": "glue", "dataset_args": args.task_name}
+    elif args.dataset_name:
+        card |= {"dataset": args.dataset_name}
+    return card | model_card_of_embedded(model_args)

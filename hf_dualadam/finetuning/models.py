@@ -1,0 +1,132 @@
+"""Model and configuration from a hub name, a folder, a mapping in the YAML, or an installed package."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from .config import InputError
+from .embedded import MINILM, resolve_model
+
+
+@dataclass
+class ModelArguments:
+    """Which model to fine-tune, or to train from scratch."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Pretrained model: a hub name, a folder, or embedded/minilm (extra [quickstart])."},
+    )
+    model_config: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Train a new model from scratch: its configuration, {model_type: vit, hidden_size: 192, ...}; "
+            "instead of model_name_or_path."
+        },
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of the configuration; alone, a new model is trained from scratch."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where models and data from the hub are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    token: str | None = field(
+        default=None, metadata={"help": "Token for the hub; by default that of `hf auth login`."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with a model on the hub. Only for sources you trust."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start the head anew where its size in the checkpoint does not fit the task."}
+    )
+
+    def __post_init__(self):
+        """Check that the options fit together."""
+        given = [name for name in ("model_name_or_path", "model_config") if getattr(self, name)]
+        if len(given) == 2:
+            raise InputError("model_name_or_path and model_config: give one of them, not both")
+
+    @property
+    def hub_kwargs(self) -> dict[str, Any]:
+        """The arguments that every ``from_pretrained`` takes."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.model_revision,
+            "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def load_config(args: ModelArguments, **changes: Any) -> PretrainedConfig:
+    """The model's configuration, with ``changes`` (labels, problem type) put in.
+
+    Raises:
+        InputError: there is none, or ``model_config`` names an unknown model type or setting.
+    """
+    if args.model_config:
+        return _config_from_mapping(args.model_config, changes)
+    name = args.config_name or args.model_name_or_path
+    if not name:
+        raise InputError("model_name_or_path: missing; give it, or model_config or config_name for a new model")
+    with loading("config_name" if args.config_name else "model_name_or_path", name):
+        return AutoConfig.from_pretrained(resolve_model(name), **args.hub_kwargs, **changes)
+
+
+def model_builder(args: ModelArguments, config: PretrainedConfig, auto_class: Any) -> Callable[[], PreTrainedModel]:
+    """A function that returns a new model at each call: pretrained, or from scratch without ``model_name_or_path``.
+
+    Args:
+        args: which model.
+        config: its configuration.
+        auto_class: for example ``AutoModelForSequenceClassification``.
+    """
+
+    def build() -> PreTrainedModel:
+        if not args.model_name_or_path:
+            return auto_class.from_config(config, trust_remote_code=args.trust_remote_code)
+        with loading("model_name_or_path", args.model_name_or_path):
+            return auto_class.from_pretrained(
+                resolve_model(args.model_name_or_path),
+                config=config,
+                ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+                **args.hub_kwargs,
+            )
+
+    return build
+
+
+@contextlib.contextmanager
+def loading(option: str, value: str) -> Iterator[None]:
+    """Turn a failure to load into one clear line: option, value, first line of the reason."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{option}: {value!r} cannot be loaded: {reason}") from error
+
+
+def model_card_of_embedded(args: ModelArguments) -> dict[str, str]:
+    """What the model card says about the embedded model, whose folder's name says nothing."""
+    if args.model_name_or_path != MINILM:
+        return {}
+    return {"finetuned_from": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0"}
+
+
+def _config_from_mapping(mapping: dict[str, Any], changes: dict[str, Any]) -> PretrainedConfig:
+    settings = dict(mapping)
+    model_type = settings.pop("model_type", None)
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise InputError(
+            f"model_config: model_type {model_type!r} is not known to transformers; bert or vit, for example, are"
+        ) from None
+    unknown = sorted(set(settings) - set(known.to_dict()))
+    if unknown:
+        raise InputError(f"model_config: {model_type} has no setting {', '.join(unknown)}")
+    return AutoConfig.for_model(model_type, **settings, **changes)

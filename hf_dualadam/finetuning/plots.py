@@ -1,0 +1,50 @@
+"""Learning curves of one run as a PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Curves = dict[str, tuple[list[int], list[float]]]
+
+
+def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, path: Path, title: str) -> None:
+    """Draw loss, held-out metric and alpha over the optimizer steps; a panel without data is left out.
+
+    Args:
+        log_history: ``trainer.state.log_history``.
+        metric: name of the metric without prefix: "accuracy".
+        path: where to write the PNG.
+        title: above the panels.
+    """
+    panels = {
+        "loss (cross-entropy or squared error)": {"training, running mean": "loss", "held-out": "eval_loss"},
+        metric.replace("_", " "): {"held-out": f"eval_{metric}"},
+        "share, 0 to 1": {"alpha (weight of the inverse part)": "alpha", "inverse share of the step": "inverse_share"},
+    }
+    curves = {
+        label: {name: curve for name, key in lines.items() if (curve := _curve(log_history, key))[0]}
+        for label, lines in panels.items()
+    }
+    curves = {label: lines for label, lines in curves.items() if lines}
+    if not curves:
+        return
+    figure = Figure(figsize=(4.6 * len(curves), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for axis, (label, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for name, (steps, values) in lines.items():
+            axis.plot(steps, values, label=name, marker="o" if len(steps) < 12 else None)
+        axis.set_xlabel("optimizer steps")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _curve(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one logged figure; of two values at a step the later counts."""
+    points = {entry["step"]: entry[key] for entry in log_history if key in entry}
+    return list(points), list(points.values())
