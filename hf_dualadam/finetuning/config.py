@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -44,6 +45,7 @@ def training_defaults(given: dict[str, Any]) -> dict[str, Any]:
         "logging_steps": 0.02,
         "logging_first_step": True,
         "save_total_limit": 2,
+        "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if given.get("optim", "dualadam") == "dualadam":
         values["optim_args"] = "switch_fraction=0.1"

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset
+from datasets.exceptions import DatasetsError
 
 from .config import InputError
 from .embedded import PREFIX, load_embedded
@@ -201,13 +202,16 @@ def read_split(folder: Path, split: str) -> Table | None:
     return Table(first.name, columns, first.class_names)
 
 
-def load_tables(args: DataArguments, splits: Iterable[str], hub: tuple[str, str | None] | None) -> dict[str, Table]:
+def load_tables(
+    args: DataArguments, splits: Iterable[str], hub: tuple[str, str | None], **kwargs: Any
+) -> dict[str, Table]:
     """Those of ``splits`` that are there, from the source that ``args`` name.
 
     Args:
         args: where to look: files, a folder, an embedded set, or the hub.
         splits: names such as "train" or "validation_matched".
         hub: name and configuration on the hub when ``args`` name no source.
+        kwargs: for :func:`load_hub`.
 
     Raises:
         InputError: no source, or a source that cannot be read.
@@ -217,32 +221,34 @@ def load_tables(args: DataArguments, splits: Iterable[str], hub: tuple[str, str 
     if args.data_dir:
         tables = {split: read_split(Path(args.data_dir), split) for split in splits}
         return {split: table for split, table in tables.items() if table is not None}
-    datasets = load_hub(args, hub)
-    return {
-        split: Table.from_dataset(datasets[split], f"{args.dataset_name or '/'.join(filter(None, hub))} {split}")
-        for split in splits
-        if split in datasets
-    }
+    name, config = (args.dataset_name, args.dataset_config_name) if args.dataset_name else hub
+    if not name:
+        raise InputError("no examples: give task_name, data_dir, train_file and validation_file, or dataset_name")
+    datasets = load_hub(name, config, **kwargs)
+    source = args.dataset_name or f"{name}/{config}"
+    return {split: Table.from_dataset(datasets[split], f"{source} {split}") for split in splits if split in datasets}
 
 
-def load_hub(args: DataArguments, hub: tuple[str, str | None] | None, **kwargs: Any) -> DatasetDict:
-    """The data set that ``args.dataset_name`` names, embedded or on the hub, else the one that ``hub`` names.
+def load_hub(name: str, config: str | None = None, **kwargs: Any) -> DatasetDict:
+    """An embedded data set, one on the hub, or what a loader of ``datasets`` ("imagefolder") makes of local files.
+
+    Args:
+        name: of the data set or loader.
+        config: its configuration.
+        kwargs: for ``datasets.load_dataset``.
 
     Raises:
-        InputError: neither names one, or it cannot be loaded.
+        InputError: it cannot be loaded.
     """
-    name, config = (args.dataset_name, args.dataset_config_name) if args.dataset_name else hub or (None, None)
-    if name is None:
-        raise InputError("no examples: give data_dir, train_file and validation_file, or dataset_name")
     if name.startswith(PREFIX):
         return load_embedded(name)
     try:
         return load_dataset(name, config, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"data set {name!r} cannot be loaded from the hub ({reason}); give data_dir instead"
-        ) from error
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        files = kwargs.get("data_files", kwargs.get("data_dir"))
+        advice = "" if files else "; without the hub, give data_dir"
+        raise InputError(f"{files or name}: cannot be loaded: {reason}{advice}") from error
 
 
 def missing_split(args: DataArguments, split: str) -> str:
@@ -304,7 +310,7 @@ def class_labels(table: Table, column: str, names: Sequence[str], *, optional: b
     """
     values = list(table.columns.get(column, ()))
     stored = table.class_names.get(column, [])
-    if sorted(map(_key, stored)) == sorted(map(_key, names)):
+    if stored and {*map(_key, stored)} <= {*map(_key, names)}:
         values = [stored[value] if isinstance(value, int) and 0 <= value < len(stored) else value for value in values]
     if optional and all(_is_gap(value) for value in values):
         return None

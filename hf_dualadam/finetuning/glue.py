@@ -13,7 +13,15 @@ from .config import InputError
 from .data import DataArguments, Table
 from .embedded import MINILM, resolve_model
 from .metrics import LocalMetric, compute_metrics_for, majority_baseline
-from .models import ModelArguments, load_config, loading, model_builder, model_card_of_embedded
+from .models import (
+    ModelArguments,
+    load_config,
+    loading,
+    model_builder,
+    model_card_of_embedded,
+    model_order,
+    set_labels,
+)
 from .training import Task
 
 
@@ -107,12 +115,12 @@ def build(
     """
     if not (model_args.model_name_or_path or model_args.model_config or model_args.config_name):
         model_args = replace(model_args, model_name_or_path=MINILM)
-    tables = _load_tables(args, splits)
+    tables = _load_tables(args, model_args, splits)
     config = load_config(model_args)
     task = TASKS[args.task_name] if args.task_name else _infer_task(args, tables, config)
-    classes = _model_order(task.classes, config)
+    classes = model_order(task.classes, config)
     tokenizer = _load_tokenizer(args, model_args, config)
-    _set_labels(config, classes)
+    set_labels(config, classes)
     encode = partial(_encode, args=args, task=task, classes=classes, tokenizer=tokenizer, config=config)
     train = encode(tables["train"][""], limit=args.max_train_samples) if "train" in tables else None
     held_out = {suffix: encode(t, limit=args.max_eval_samples) for suffix, t in tables.get("validation", {}).items()}
@@ -134,12 +142,15 @@ def build(
     )
 
 
-def _load_tables(args: GlueArguments, splits: Iterable[str]) -> dict[str, dict[str, Table]]:
+def _load_tables(
+    args: GlueArguments, model_args: ModelArguments, splits: Iterable[str]
+) -> dict[str, dict[str, Table]]:
     """Split -> suffix of its metrics -> table."""
     names = {split: (MNLI_SPLITS if args.task_name == "mnli" else SPLITS)[split] for split in splits}
     wanted = [name for by_suffix in names.values() for name in by_suffix.values()]
-    hub = (HUB, args.task_name) if args.task_name else None
-    found = data.load_tables(args, dict.fromkeys([*wanted, *names]), hub)
+    hub = (HUB, args.task_name) if args.task_name else ("", None)
+    from_hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    found = data.load_tables(args, dict.fromkeys([*wanted, *names]), hub, **from_hub)
     tables = {
         split: {suffix: found[name] for suffix, name in by_suffix.items() if name in found}
         or ({"": found[split]} if split in found else {})
@@ -171,20 +182,6 @@ def _infer_task(args: GlueArguments, tables: dict[str, dict[str, Table]], config
     else:
         classes = [config.id2label[index] for index in range(config.num_labels)]
     return GlueTask(tuple(columns), tuple(classes), ("accuracy",))
-
-
-def _model_order(classes: tuple[str, ...], config: PretrainedConfig) -> tuple[str, ...]:
-    """The classes in the order of a model that was trained on them, else as they are."""
-    of_model = {name.lower(): index for index, name in config.id2label.items()}
-    if sorted(of_model) == sorted(name.lower() for name in classes):
-        return tuple(sorted(classes, key=lambda name: of_model[name.lower()]))
-    return classes
-
-
-def _set_labels(config: PretrainedConfig, classes: tuple[str, ...]) -> None:
-    config.id2label = dict(enumerate(classes)) or {0: "score"}
-    config.label2id = {name: index for index, name in config.id2label.items()}
-    config.problem_type = "single_label_classification" if classes else "regression"
 
 
 def _load_tokenizer(args: GlueArguments, model_args: ModelArguments, config: PretrainedConfig) -> Any:

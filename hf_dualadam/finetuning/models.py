@@ -98,6 +98,21 @@ def model_builder(args: ModelArguments, config: PretrainedConfig, auto_class: An
     return build
 
 
+def model_order(classes: tuple[str, ...], config: PretrainedConfig) -> tuple[str, ...]:
+    """The classes in the order of a model that was trained on them, else as they are."""
+    of_model = {name.lower(): index for index, name in config.id2label.items()}
+    if sorted(of_model) == sorted(name.lower() for name in classes):
+        return tuple(sorted(classes, key=lambda name: of_model[name.lower()]))
+    return classes
+
+
+def set_labels(config: PretrainedConfig, classes: tuple[str, ...]) -> None:
+    """Write the classes, none for a regression, and the kind of problem into a configuration."""
+    config.id2label = dict(enumerate(classes)) or {0: "score"}
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    config.problem_type = "single_label_classification" if classes else "regression"
+
+
 @contextlib.contextmanager
 def loading(option: str, value: str) -> Iterator[None]:
     """Turn a failure to load into one clear line: option, value, first line of the reason."""

@@ -1,0 +1,324 @@
+"""Image classification with any ``AutoModelForImageClassification``: arguments -> Task. Pillow is enough."""
+
+import io
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PretrainedConfig,
+    ViTImageProcessor,
+    default_data_collator,
+)
+
+from . import data
+from .config import InputError
+from .data import DataArguments, Table
+from .metrics import LocalMetric, compute_metrics_for, majority_baseline
+from .models import ModelArguments, load_config, loading, model_builder, model_order, set_labels
+from .training import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageArguments(DataArguments):
+    """Which images, and how they are changed while training."""
+
+    train_dir: str | None = field(default=None, metadata={"help": "Training images, a folder per class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Held-out images, a folder per class."})
+    test_dir: str | None = field(default=None, metadata={"help": "Images to predict, in a folder."})
+    image_column_name: str | None = field(default=None, metadata={"help": "By default the first column of images."})
+    label_column_name: str = field(default="label", metadata={"help": "The column of the classes."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training images held out where there is no validation split."}
+    )
+    augment: bool = field(default=True, metadata={"help": "Crop (and flip) training images at random."})
+    crop_min_scale: float = field(
+        default=0.6, metadata={"help": "Smallest share of the image's area that a random crop keeps; 1 for no crop."}
+    )
+    horizontal_flip: bool = field(
+        default=False, metadata={"help": "Mirror half of the training images: right for photos, wrong for digits."}
+    )
+    check_images: bool = field(
+        default=True,
+        metadata={"help": "Decode every image once before training; otherwise a broken one stops the run midway."},
+    )
+
+    def __post_init__(self):
+        """Check paths and ranges."""
+        super().__post_init__()
+        for split, folder in self.folders.items():
+            if not Path(folder).is_dir():
+                raise InputError(f"{split}_dir: no such folder: {folder}")
+        if not 0 < self.train_val_split < 1:
+            raise InputError(f"train_val_split: {self.train_val_split} is out of range, between 0 and 1 is needed")
+        if not 0 < self.crop_min_scale <= 1:
+            raise InputError(f"crop_min_scale: {self.crop_min_scale} is out of range, above 0 and at most 1 is needed")
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The image folders given one by one, by split."""
+        given = {"train": self.train_dir, "validation": self.validation_dir, "test": self.test_dir}
+        return {split: folder for split, folder in given.items() if folder}
+
+    @property
+    def name(self) -> str:
+        """Short name of the task for files and titles."""
+        given = [self.dataset_name, self.data_dir, *self.folders.values(), *self.files.values()]
+        return next((Path(source).stem for source in given if source), "images")
+
+
+class Images(NamedTuple):
+    """One split as it was found, and its name in messages."""
+
+    dataset: Dataset
+    split: str
+    name: str
+
+
+class ImageTransform:
+    """Image -> pixel values (channels, height, width), with Pillow only.
+
+    Resized and normalised as the model's own image processor does it; while training, a random crop of at least
+    ``crop_min_scale`` of the area and at most 4:3 out of shape is resized instead. Random numbers come from torch,
+    whose state Trainer seeds, saves and restores.
+
+    Args:
+        processor: the model's image processor.
+        config: the model's configuration: an image of one channel is grey, of three RGB.
+        crop_min_scale: 1 for no crop.
+        horizontal_flip: mirror half of the images.
+    """
+
+    def __init__(
+        self, processor: Any, config: PretrainedConfig, crop_min_scale: float = 1.0, horizontal_flip: bool = False
+    ):
+        size = dict(processor.size)
+        self.shortest_edge = size.get("shortest_edge")
+        crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+        target = dict(crop) if crop else size
+        side = self.shortest_edge
+        self.height, self.width = target.get("height") or side, target.get("width") or side
+        self.mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        self.resample = PILImage.Resampling(processor.resample)
+        normalize = processor.do_normalize
+        self.mean = np.asarray(processor.image_mean if normalize else 0.0, dtype=np.float32)
+        self.std = np.asarray(processor.image_std if normalize else 1.0, dtype=np.float32)
+        self.crop_min_scale, self.horizontal_flip = crop_min_scale, horizontal_flip
+
+    def __call__(self, image: PILImage.Image) -> torch.Tensor:
+        """Transform one image."""
+        image = image.convert(self.mode)
+        box = self._random_box(image) if self.crop_min_scale < 1 else self._center_box(image)
+        image = image.resize((self.width, self.height), self.resample, box=box)
+        if self.horizontal_flip and torch.rand(()) < 0.5:
+            image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.asarray(image, dtype=np.float32).reshape(self.height, self.width, -1) / 255
+        return torch.from_numpy(((pixels - self.mean) / self.std).transpose(2, 0, 1).copy())
+
+    def _center_box(self, image: PILImage.Image) -> tuple[float, float, float, float]:
+        """The whole image, or the centre that remains when its shortest edge is resized and the rest cut off."""
+        if self.shortest_edge is None:
+            return 0, 0, image.width, image.height
+        scale = min(image.size) / self.shortest_edge
+        width, height = min(self.width * scale, image.width), min(self.height * scale, image.height)
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        return left, top, left + width, top + height
+
+    def _random_box(self, image: PILImage.Image) -> tuple[float, float, float, float]:
+        share, shape, x, y = torch.rand(4).tolist()
+        area = image.width * image.height * (self.crop_min_scale + (1 - self.crop_min_scale) * share)
+        ratio = math.exp((2 * shape - 1) * math.log(4 / 3))
+        width, height = min(math.sqrt(area * ratio), image.width), min(math.sqrt(area / ratio), image.height)
+        left, top = x * (image.width - width), y * (image.height - height)
+        return left, top, left + width, top + height
+
+
+class ImageView(torch.utils.data.Dataset):
+    """What Trainer sees of an image dataset: pixel values and labels, transformed when asked for."""
+
+    def __init__(self, dataset: Dataset, transform: ImageTransform):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Decode and transform one image."""
+        row = self.dataset[index]
+        labels = {"labels": row["label"]} if "label" in row else {}
+        return {"pixel_values": self.transform(row["image"])} | labels
+
+
+def build(
+    args: ImageArguments, model_args: ModelArguments, *, splits: Iterable[str] = ("train", "validation")
+) -> Task:
+    """Load and check the images; nothing is written but caches.
+
+    Args:
+        args: images and augmentation.
+        model_args: the model, pretrained or a configuration.
+        splits: which of train, validation and test are needed.
+
+    Raises:
+        InputError: images or model cannot be had, or hold something unexpected.
+    """
+    sources = _load_splits(args, model_args, set(splits))
+    config = load_config(model_args)
+    classes = _infer_classes(args, sources, config)
+    order = model_order(classes, config)
+    processor = _load_processor(model_args, config)
+    set_labels(config, order)
+    prepared = {
+        split: _prepare(source, args, classes, order, to_predict=split == "test") for split, source in sources.items()
+    }
+    train, held_out = prepared.get("train"), prepared.get("validation")
+    metric = LocalMetric(["accuracy"])
+    plain = ImageTransform(processor, config)
+    changed = ImageTransform(processor, config, args.crop_min_scale, args.horizontal_flip)
+    return Task(
+        name=args.name,
+        build_model=model_builder(model_args, config, AutoModelForImageClassification),
+        train_dataset=train,
+        eval_datasets={} if held_out is None else {"": held_out},
+        predict_datasets={"": prepared["test"]} if "test" in prepared else {},
+        compute_metrics=compute_metrics_for(metric),
+        main_metric="accuracy",
+        data_collator=default_data_collator,
+        processing_class=processor,
+        train_view=lambda dataset: ImageView(dataset, changed if args.augment else plain),
+        eval_view=lambda dataset: ImageView(dataset, plain),
+        label_names=list(order),
+        baseline=majority_baseline(metric, train, held_out),
+        card={"tasks": "image-classification", "tags": ["image-classification", "vision"], "dataset": args.name},
+    )
+
+
+def _load_splits(args: ImageArguments, model_args: ModelArguments, splits: set[str]) -> dict[str, Images]:
+    """The splits asked for; held-out images are carved out of the training images where there are none."""
+    datasets = _load_datasets(args, model_args, splits)
+    found = {split: Images(datasets[split], split, _source_name(args, split)) for split in splits if split in datasets}
+    if "validation" in splits - set(found) and "train" in found:
+        parts = found["train"].dataset.train_test_split(test_size=args.train_val_split, seed=data.SAMPLE_SEED)
+        logger.warning(f"No validation images: {args.train_val_split:.0%} of the training images are held out.")
+        found["validation"] = found["train"]._replace(dataset=parts["test"], split="validation")
+        found["train"] = found["train"]._replace(dataset=parts["train"])
+    for split in splits - set(found):
+        raise InputError(data.missing_split(args, split))
+    return found
+
+
+def _load_datasets(args: ImageArguments, model_args: ModelArguments, splits: set[str]) -> dict[str, Dataset]:
+    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    if args.folders:
+        files = {split: str(Path(folder) / "**") for split, folder in args.folders.items()}
+        return data.load_hub("imagefolder", data_files=files, **hub)
+    files = {split: [path] for split, path in args.files.items()}
+    if args.data_dir and not files:
+        found = {split: data.find_split(Path(args.data_dir), split) for split in splits}
+        files = {split: [str(path) for path in paths] for split, paths in found.items() if paths}
+        if not files:
+            return data.load_hub("imagefolder", data_dir=args.data_dir, **hub)
+    for path in (path for paths in files.values() for path in paths):
+        if Path(path).suffix.lower() != ".parquet":
+            raise InputError(f"{path}: images are read from .parquet files and folders")
+    if files:
+        return {split: data.load_hub("parquet", data_files=paths, **hub)["train"] for split, paths in files.items()}
+    if args.dataset_name is None:
+        raise InputError("no images: give data_dir, train_dir and validation_dir, or dataset_name")
+    return data.load_hub(args.dataset_name, args.dataset_config_name, **hub)
+
+
+def _source_name(args: ImageArguments, split: str) -> str:
+    return args.files.get(split) or args.folders.get(split) or f"{args.data_dir or args.dataset_name} {split}"
+
+
+def _infer_classes(args: ImageArguments, sources: dict[str, Images], config: PretrainedConfig) -> tuple[str, ...]:
+    """Class names as stored with a split, else from the training labels, else those of the model."""
+    column = args.label_column_name
+    for source in sources.values():
+        if names := data.class_names(source.dataset.features).get(column):
+            return tuple(names)
+    if "train" in sources:
+        return tuple(data.infer_classes(_label_table(sources["train"], column), column))
+    return tuple(config.id2label[index] for index in range(config.num_labels))
+
+
+def _label_table(source: Images, column: str) -> Table:
+    """The labels; the other columns by name alone, since reading them would decode every image."""
+    dataset = source.dataset
+    columns = {name: dataset[name][:] if name == column else range(len(dataset)) for name in dataset.column_names}
+    return Table(source.name, columns, data.class_names(dataset.features))
+
+
+def _load_processor(args: ModelArguments, config: PretrainedConfig) -> Any:
+    """The pretrained model's image processor, or a plain one for a new model: its size, values from -1 to 1."""
+    if args.model_name_or_path:
+        with loading("model_name_or_path", args.model_name_or_path):
+            return AutoImageProcessor.from_pretrained(args.model_name_or_path, **args.hub_kwargs)
+    size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+    halves = [0.5] * config.num_channels
+    return ViTImageProcessor(size={"height": size[0], "width": size[1]}, image_mean=halves, image_std=halves)
+
+
+def _prepare(
+    source: Images, args: ImageArguments, classes: tuple[str, ...], order: tuple[str, ...], *, to_predict: bool
+) -> Dataset:
+    """Columns ``image`` and, where there are any, ``label`` in the model's order; every image checked."""
+    table = _label_table(source, args.label_column_name)
+    column = _image_column(source, args)
+    table.require([column] if to_predict else [column, args.label_column_name])
+    labels = data.class_labels(table, args.label_column_name, classes, optional=to_predict)
+    dataset = source.dataset.select_columns([column]).cast_column(column, Image())
+    dataset = dataset.rename_column(column, "image") if column != "image" else dataset
+    if labels is not None:
+        indices = pa.array([order.index(classes[label]) for label in labels], pa.int64())
+        dataset = dataset.add_column("label", indices)
+    if to_predict:
+        dataset = dataset.select(range(min(len(dataset), args.max_predict_samples or len(dataset))))
+    else:
+        dataset = data.sample(dataset, args.max_train_samples if source.split == "train" else args.max_eval_samples)
+    if args.check_images:
+        _check_images(dataset, source.name)
+    return dataset
+
+
+def _image_column(source: Images, args: ImageArguments) -> str:
+    """The column of images: the one named, else the first that is stored as such, else ``image`` or ``img``."""
+    if args.image_column_name:
+        return args.image_column_name
+    features = source.dataset.features
+    return next(
+        (name for name, feature in features.items() if isinstance(feature, Image)),
+        next((name for name in ("image", "img") if name in features), "image"),
+    )
+
+
+def _check_images(dataset: Dataset, name: str) -> None:
+    """Decode every image once.
+
+    Raises:
+        InputError: one is missing or broken.
+    """
+    encoded = dataset.cast_column("image", Image(decode=False))
+    for row in tqdm(range(len(encoded)), desc=f"Checking the images of {name}", leave=False):
+        image = encoded[row]["image"]
+        try:
+            opened = PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+            opened.load()
+        except Exception as error:  # Pillow's decoders raise many kinds
+            where = f"{image['path']} (row {row})" if image and image.get("path") else f"row {row}"
+            raise InputError(f"{name}: the image of {where} cannot be decoded: {error}") from error

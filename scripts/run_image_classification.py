@@ -1,0 +1,39 @@
+"""Fine-tune an image classifier, or train one from scratch, and see how well it generalizes.
+
+    python scripts/run_image_classification.py configs/vision/vit_small_cifar10.yaml --optim adamw_torch
+    python scripts/run_image_classification.py configs/quickstart/vision.yaml --output_dir outputs/vision
+
+The YAML file is optional; its keys are the options below, and options given after it win. Without do_train, do_eval
+and do_predict, training and evaluation are done; optim defaults to dualadam with an inverse phase of a tenth of the
+steps. Pillow is enough: torchvision is never needed.
+"""
+
+from transformers import TrainingArguments
+
+from hf_dualadam.finetuning import images
+from hf_dualadam.finetuning.config import parse, run_main, training_defaults
+from hf_dualadam.finetuning.models import ModelArguments
+from hf_dualadam.finetuning.training import RunArguments, check_output_dir, run, splits_needed, summary
+
+
+def defaults(given):
+    values = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "output_dir": "outputs/images"}
+    return training_defaults(given) | values
+
+
+def main(argv=None):
+    model_args, image_args, run_args, args = parse(
+        (ModelArguments, images.ImageArguments, RunArguments, TrainingArguments),
+        argv,
+        defaults=defaults,
+        description=__doc__,
+    )
+    check_output_dir(args, run_args.overwrite_output_dir)
+    task = images.build(image_args, model_args, splits=splits_needed(args))
+    finished = run(task, args, overwrite_output_dir=run_args.overwrite_output_dir)
+    print(summary(finished))
+    return finished
+
+
+if __name__ == "__main__":
+    run_main(main)
