@@ -21,6 +21,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..trainer import OPTIMIZERS, parse_optim_args
+
 DO_FLAGS = ("do_train", "do_eval", "do_predict")
 
 
@@ -123,6 +125,8 @@ def check_type(name: str, value: Any, hint: Any) -> None:
             note = " (YAML reads numbers such as 2e-5 as text: write 2.0e-5, without quotes)"
         elif str in _options(hint) and isinstance(value, bool | int | float):
             note = " (put it in quotes: YAML reads yes, no, on, off and numbers as such)"
+        if isinstance(value, str) and _choices(hint):
+            raise InputError(f"{name}: {value!r} is not {_describe(hint)}")
         raise InputError(f"{name}: {value!r} is {_describe(type(value))}, but {_describe(hint)} is needed{note}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name}: {value} is not a finite number")
@@ -139,6 +143,8 @@ def run_main(main: Callable[[], Any]) -> None:
 
 def _fields(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
+    if issubclass(cls, TrainingArguments):
+        hints["resume_from_checkpoint"] = bool | str | None  # `true` in YAML: the last checkpoint
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
@@ -154,9 +160,9 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
     ]
     if missing:
         raise InputError(f"{', '.join(missing)}: required, but given neither in a YAML file nor as --{missing[0]}")
-    if issubclass(cls, TrainingArguments):
-        _check_ranges(known)
     try:
+        if issubclass(cls, TrainingArguments):
+            known = _checked(known)
         return cls(**known)
     except InputError:
         raise
@@ -164,8 +170,8 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
         raise InputError(f"{error}") from error
 
 
-def _check_ranges(values: dict[str, Any]) -> None:
-    """Refuse numbers that TrainingArguments takes and that would fail, or train nonsense, much later."""
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what TrainingArguments takes and what would fail, or train nonsense, much later."""
     smallest = {
         "learning_rate": 0,
         "weight_decay": 0,
@@ -181,6 +187,11 @@ def _check_ranges(values: dict[str, Any]) -> None:
     epochs = values.get("num_train_epochs", 1)
     if not 0 < epochs < 2**32:
         raise InputError(f"num_train_epochs: {epochs} is out of range, more than 0 is needed")
+    if values.get("optim") in OPTIMIZERS:
+        parse_optim_args(values.get("optim_args"), OPTIMIZERS[values["optim"]])
+    if isinstance(values.get("resume_from_checkpoint"), bool):
+        values = values | {"resume_from_checkpoint": "true" if values["resume_from_checkpoint"] else None}
+    return values
 
 
 def _bridge_versions(values: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
@@ -254,6 +265,8 @@ def _read_command_line(
             default = str(getattr(action.default, "value", action.default)).replace("%", "%%")
             action.help = f"{action.help or ''} (default: {default})".strip()
         action.default, action.required = argparse.SUPPRESS, False
+        if action.type is int and action.dest == "warmup_steps":
+            action.type = float  # a share of the steps, on 4.57 too
         if action.nargs in (None, "?") and _options(hints[action.dest]) & {dict, list}:
             action.type = _structured(action.type)
     known, unknown = parser.parse_known_args(argv)

@@ -41,8 +41,11 @@ class ImageArguments(DataArguments):
     test_dir: str | None = field(default=None, metadata={"help": "Images to predict, in a folder."})
     image_column_name: str | None = field(default=None, metadata={"help": "By default the first column of images."})
     label_column_name: str = field(default="label", metadata={"help": "The column of the classes."})
+    eval_split: str = field(
+        default="validation", metadata={"help": "Which split is held out; test where there is no other, as in CIFAR."}
+    )
     train_val_split: float = field(
-        default=0.15, metadata={"help": "Share of the training images held out where there is no validation split."}
+        default=0.15, metadata={"help": "Share of the training images held out where there is no eval_split."}
     )
     augment: bool = field(default=True, metadata={"help": "Crop (and flip) training images at random."})
     crop_min_scale: float = field(
@@ -209,15 +212,20 @@ def build(
 
 def _load_splits(args: ImageArguments, model_args: ModelArguments, splits: set[str]) -> dict[str, Images]:
     """The splits asked for; held-out images are carved out of the training images where there are none."""
-    datasets = _load_datasets(args, model_args, splits)
-    found = {split: Images(datasets[split], split, _source_name(args, split)) for split in splits if split in datasets}
+    names = {split: args.eval_split if split == "validation" else split for split in splits}
+    datasets = _load_datasets(args, model_args, set(names.values()))
+    found = {
+        split: Images(datasets[name], split, _source_name(args, name))
+        for split, name in names.items()
+        if name in datasets
+    }
     if "validation" in splits - set(found) and "train" in found:
         parts = found["train"].dataset.train_test_split(test_size=args.train_val_split, seed=data.SAMPLE_SEED)
-        logger.warning(f"No validation images: {args.train_val_split:.0%} of the training images are held out.")
+        logger.warning(f"No {args.eval_split} images: {args.train_val_split:.0%} of the training images are held out.")
         found["validation"] = found["train"]._replace(dataset=parts["test"], split="validation")
         found["train"] = found["train"]._replace(dataset=parts["train"])
     for split in splits - set(found):
-        raise InputError(data.missing_split(args, split))
+        raise InputError(data.missing_split(args, names[split]))
     return found
 
 

@@ -20,9 +20,9 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, pat
         title: above the panels.
     """
     panels = {
-        "loss (cross-entropy or squared error)": {"training, running mean": "loss", "held-out": "eval_loss"},
+        "loss": {"training (mean since the last point)": "loss", "held-out": "eval_loss"},
         metric.replace("_", " "): {"held-out": f"eval_{metric}"},
-        "share, 0 to 1": {"alpha (weight of the inverse part)": "alpha", "inverse share of the step": "inverse_share"},
+        "alpha and inverse share (0 to 1)": {"alpha": "alpha", "inverse share of the update": "inverse_share"},
     }
     curves = {
         label: {name: curve for name, key in lines.items() if (curve := _curve(log_history, key))[0]}

@@ -193,9 +193,8 @@ def generalization_gap(metrics: dict[str, float], names: Iterable[str], suffix: 
 def summary(run: Run) -> str:
     """A short table for the end of a script: held-out and training metrics, gap, majority class, files."""
     metrics, task, args = run.metrics, run.task, run.trainer.args
-    lines = [
-        f"{task.name}: optim={getattr(args.optim, 'value', args.optim)}, {run.trainer.state.global_step} steps, files in {args.output_dir}"
-    ]
+    optim = getattr(args.optim, "value", args.optim)
+    lines = [f"{task.name}: optim={optim}, {run.trainer.state.global_step} steps, files in {args.output_dir}"]
     lines.append(f"{'':24}{'held-out':>10}{'training':>10}{'gap':>10}{'majority':>10}")
     for key in metrics:
         name = key.removeprefix("eval_")
