@@ -176,7 +176,7 @@ class DualAdam(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or normalize_inverse meets parameters that FSDP1 has flattened.
         """
         _check_graph_capture(self)
         loss = None
@@ -196,6 +196,8 @@ class DualAdam(Optimizer):
                 continue
             if param.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding.")
+            if group["normalize_inverse"] and getattr(param, "_fsdp_flattened", False):
+                raise RuntimeError("normalize_inverse needs whole tensors, and FSDP1 flattens them: use FSDP2.")
             state = self.state[param]
             if not state:
                 device = param.device if group["capturable"] else "cpu"
