@@ -1,7 +1,7 @@
 """Runs the ``check_*`` functions of a module on two gloo processes, all in one launch.
 
-Starting Python and importing torch and transformers takes longer than all checks of a module together, so a module is
-launched once, and each check's outcome is kept. ``python two_processes.py MODULE OUT.json`` imports the module once and
+Starting Python and importing torch and transformers takes longer than all checks of a module together, so a module
+is launched once, and each check's outcome is kept. ``python two_processes.py MODULE OUT.json`` imports the module and
 forks two processes; started by torchrun, it is one of the two.
 """
 
