@@ -21,7 +21,9 @@ class BuildKernel(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:
-            self.warn(f"no CPU kernel, steps will take about 7 times longer: install gcc or clang, reinstall ({error})")
+            self.warn(
+                f"no CPU kernel, steps take about 7 times longer: install gcc or clang, then reinstall ({error})"
+            )
 
 
 KERNEL = Extension(

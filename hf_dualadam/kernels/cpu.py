@@ -23,8 +23,9 @@ _DTYPES = {
     (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16): 2,
     (torch.float16, torch.float16, torch.float32, torch.float32): 3,
 }
-_ROW = 10  # 8-byte fields of struct Tensor in dual_update.c
+_ROW = 13  # 8-byte fields of struct Tensor in dual_update.c
 _PARAM, _NUMEL, _DTYPE = 0, 5, 6  # the places of three of them
+_BLANK = (0,) * 5  # the fields that C fills
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 _REMEDY = (
@@ -49,7 +50,7 @@ def load():
         function = ctypes.CDLL(str(path)).dual_update
     except OSError as error:
         reason = f"cannot be loaded ({error})" if path.exists() else "was not built"
-        logger.warning("The CPU kernel of hf_dualadam %s, so its steps take about 7 times longer: %s.", reason, _REMEDY)
+        logger.warning("The CPU kernel of hf_dualadam %s, so steps take about 7 times longer: %s.", reason, _REMEDY)
         return None
     function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
     # torch has loaded its OpenMP runtime for all to see: asking for the name shares it, whichever it is.
@@ -90,7 +91,7 @@ def update(batches: list[tuple[dict[str, Any], list[tuple[Tensor, ...]]]]):
             if row is None:
                 left.append((group, [item]))
             else:
-                rows.extend((*row, index, 0, 0))
+                rows.extend((*row, index, *_BLANK))
                 taken.append((group, item))
         if others:
             left.append((group, others))
@@ -109,8 +110,10 @@ def update(batches: list[tuple[dict[str, Any], list[tuple[Tensor, ...]]]]):
 
 def _call(rows: array, groups: array) -> None:
     function, parallel = load()
+    n_tensors = len(rows) // _ROW
+    rows.extend((0,) * _ROW)
     threads = torch.get_num_threads() if parallel and os.getpid() == _PROCESS else 1
-    if function(rows.buffer_info()[0], len(rows) // _ROW, groups.buffer_info()[0], threads, parallel):
+    if function(rows.buffer_info()[0], n_tensors, groups.buffer_info()[0], threads, parallel):
         raise MemoryError("The CPU kernel of hf_dualadam found no memory for the norms of normalize_inverse.")
 
 

@@ -4,6 +4,7 @@
  * cpu.py hands over the entry point of the one that torch has loaded, so that there is never a second one.
  */
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,8 +25,12 @@ typedef struct {
     void *param, *grad, *exp_avg, *exp_avg_sq;
     float *step;
     int64_t numel, dtype, group;
-    int64_t first_chunk; /* filled here: number of chunks in the tensors before this one */
-    double norm_ratio;   /* filled here: scale of the inverse update, 1 unless it is normalized */
+    /* filled here */
+    int64_t first_task;    /* see work() */
+    int64_t norm_chunks;   /* chunks whose norms are to be measured before the update: all or none */
+    int64_t pending_norms; /* those of them that are still to be done */
+    double (*sums)[2];     /* one pair per measured chunk */
+    double norm_ratio;     /* scale of the inverse update: 1 unless it is normalized */
 } Tensor;
 
 typedef struct {
@@ -176,24 +181,23 @@ static StepScalars step_scalars(double step, const Group *group)
 /* ---- all tensors, all threads ---- */
 
 typedef struct {
-    Tensor *tensors;
+    Tensor *tensors; /* one empty row more than n_tensors */
     const Group *groups;
-    int64_t n_tensors, n_chunks, next_chunk;
-    double (*sums)[2]; /* one pair per chunk while norms are measured, else NULL */
+    int64_t n_tensors, n_tasks, next_task;
 } Job;
 
-static int normalized(const Job *job, const Tensor *t)
+static int64_t n_chunks(const Tensor *t)
 {
-    const Group *group = &job->groups[t->group];
-    return group->normalize_inverse && inverse_weight(*t->step, group->switch_rate) > 0;
+    return (t->numel + CHUNK - 1) / CHUNK;
 }
 
-static const Tensor *tensor_of_chunk(const Job *job, int64_t chunk)
+/* The last row with first_task <= task. */
+static Tensor *row_of_task(const Job *job, int64_t task)
 {
-    int64_t low = 0, high = job->n_tensors; /* the last tensor with first_chunk <= chunk; empty ones come before it */
+    int64_t low = 0, high = job->n_tensors + 1;
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
-        if (job->tensors[middle].first_chunk <= chunk)
+        if (job->tensors[middle].first_task <= task)
             low = middle;
         else
             high = middle;
@@ -201,85 +205,87 @@ static const Tensor *tensor_of_chunk(const Job *job, int64_t chunk)
     return &job->tensors[low];
 }
 
-/* What every thread does: take the next chunk until none is left. */
+/* Counts one chunk's norms as done. The last one works out the ratio, adding up in the order of the chunks. */
+static void finish_norms(Tensor *t)
+{
+    if (__atomic_sub_fetch(&t->pending_norms, 1, __ATOMIC_ACQ_REL) > 0)
+        return;
+    double adam_sq = 0, inverse_sq = 0;
+    for (int64_t chunk = 0; chunk < t->norm_chunks; chunk++) {
+        adam_sq += t->sums[chunk][0];
+        inverse_sq += t->sums[chunk][1];
+    }
+    t->norm_ratio = inverse_sq > 0 ? sqrt(adam_sq / inverse_sq) : 0;
+    __atomic_store_n(&t->pending_norms, -1, __ATOMIC_RELEASE);
+}
+
+/* What every thread does: take the next task, one chunk of one tensor, until none is left. The order is: norms of
+ * tensor 0; norms of tensor 1, update of tensor 0; norms of tensor 2, update of tensor 1; and so on, so that an update
+ * finds in the cache what its norms have read, and seldom waits for the last of them. */
 static void work(void *data)
 {
     Job *job = data;
     StepScalars scalars;
     double step = -1;
-    int64_t group = -1, chunk;
-    while ((chunk = __atomic_fetch_add(&job->next_chunk, 1, __ATOMIC_RELAXED)) < job->n_chunks) {
-        const Tensor *t = tensor_of_chunk(job, chunk);
-        const int64_t begin = (chunk - t->first_chunk) * CHUNK;
-        const int64_t end = t->numel - begin < CHUNK ? t->numel : begin + CHUNK;
+    int64_t group = -1, task;
+    while ((task = __atomic_fetch_add(&job->next_task, 1, __ATOMIC_RELAXED)) < job->n_tasks) {
+        Tensor *t = row_of_task(job, task);
+        int64_t chunk = task - t->first_task;
+        const int measure = chunk < t->norm_chunks;
+        if (!measure)
+            chunk -= (t--)->norm_chunks; /* an update stands behind the norms of the tensor after it */
+        const int64_t begin = chunk * CHUNK, end = t->numel - begin < CHUNK ? t->numel : begin + CHUNK;
         if (*t->step != step || t->group != group) {
             step = *t->step;
             group = t->group;
             scalars = step_scalars(step, &job->groups[group]);
         }
-        if (!job->sums) {
+        if (measure) {
+            norms[t->dtype](t, begin, end, &scalars, t->sums[chunk]);
+            finish_norms(t);
+        } else {
+            while (t->norm_chunks && __atomic_load_n(&t->pending_norms, __ATOMIC_ACQUIRE) >= 0)
+                sched_yield();
             StepScalars scaled = scalars;
             scaled.alpha *= t->norm_ratio;
             updates[t->dtype](t, begin, end, &scaled);
-        } else if (normalized(job, t)) {
-            norms[t->dtype](t, begin, end, &scalars, job->sums[chunk]);
         }
     }
 }
 
-typedef void (*Parallel)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
-
-static void run(Job *job, unsigned threads, Parallel parallel)
-{
-    job->next_chunk = 0;
-    if (threads > 1)
-        parallel(work, job, threads, 0);
-    else
-        work(job);
-}
-
-static void set_norm_ratio(const Job *job, Tensor *t)
-{
-    const int64_t end = t->first_chunk + (t->numel + CHUNK - 1) / CHUNK;
-    double adam_sq = 0, inverse_sq = 0;
-    for (int64_t chunk = t->first_chunk; chunk < end; chunk++) {
-        adam_sq += job->sums[chunk][0];
-        inverse_sq += job->sums[chunk][1];
-    }
-    t->norm_ratio = inverse_sq > 0 ? sqrt(adam_sq / inverse_sq) : 0;
-}
-
 /* Counts the step of every tensor and updates it.
+ *   tensors    n_tensors rows and an empty one
  *   parallel   GOMP_parallel of the OpenMP runtime in use; not called, and may be NULL, if threads is 1
  * Returns 0, or 1 if there was no memory; then nothing has changed. */
-int dual_update(Tensor *tensors, int64_t n_tensors, const Group *groups, int threads, Parallel parallel)
+int dual_update(Tensor *tensors, int64_t n_tensors, const Group *groups, int threads,
+                void (*parallel)(void (*function)(void *), void *data, unsigned threads, unsigned flags))
 {
     Job job = {.tensors = tensors, .groups = groups, .n_tensors = n_tensors};
-    int64_t numel = 0;
-    int any_normalized = 0;
+    int64_t numel = 0, norm_chunks = 0;
     for (Tensor *t = tensors; t < tensors + n_tensors; t++) {
-        t->first_chunk = job.n_chunks;
+        const Group *group = &groups[t->group];
+        const int normalized = group->normalize_inverse && inverse_weight(*t->step + 1, group->switch_rate) > 0;
+        t->norm_chunks = t->pending_norms = normalized ? n_chunks(t) : 0;
         t->norm_ratio = 1;
         numel += t->numel;
-        job.n_chunks += (t->numel + CHUNK - 1) / CHUNK;
-        any_normalized |= groups[t->group].normalize_inverse != 0;
+        norm_chunks += t->norm_chunks;
     }
-    double (*sums)[2] = any_normalized ? malloc(job.n_chunks * sizeof *sums) : NULL;
-    if (any_normalized && job.n_chunks && !sums)
+    double (*sums)[2] = malloc((norm_chunks + 1) * sizeof *sums);
+    if (!sums)
         return 1;
-    for (Tensor *t = tensors; t < tensors + n_tensors; t++)
-        *t->step += 1;
-    if (numel <= CHUNK) /* waking the other threads would take longer */
-        threads = 1;
-    if (any_normalized) {
-        job.sums = sums;
-        run(&job, threads, parallel);
-        for (Tensor *t = tensors; t < tensors + n_tensors; t++)
-            if (normalized(&job, t))
-                set_norm_ratio(&job, t);
-        job.sums = NULL;
+    norm_chunks = 0;
+    for (Tensor *t = tensors; t <= tensors + n_tensors; t++) {
+        t->first_task = job.n_tasks;
+        job.n_tasks += t->norm_chunks + (t > tensors ? n_chunks(t - 1) : 0);
+        t->sums = sums + norm_chunks;
+        norm_chunks += t->norm_chunks;
+        if (t < tensors + n_tensors)
+            *t->step += 1;
     }
-    run(&job, threads, parallel);
+    if (threads > 1 && numel > CHUNK) /* for less, waking other threads takes longer than the work */
+        parallel(work, &job, threads, 0);
+    else
+        work(&job);
     free(sums);
     return 0;
 }

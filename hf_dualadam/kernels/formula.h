@@ -13,7 +13,7 @@ static INLINE REAL NAME(moments)(REAL grad, REAL *exp_avg, REAL *exp_avg_sq, con
     const REAL gap = grad - *exp_avg;
     *exp_avg = rest1 < (REAL)0.5 ? *exp_avg + rest1 * gap : grad - beta1 * gap;  /* m, rounded as torch.lerp does */
     *exp_avg_sq = beta2 * *exp_avg_sq + rest2 * grad * grad;                     /* v */
-    return SQRT(*exp_avg_sq) / (REAL)s->bias2_sqrt + (REAL)s->eps;               /* d */
+    return SQRT(*exp_avg_sq) * (REAL)(1 / s->bias2_sqrt) + (REAL)s->eps;         /* d */
 }
 
 /* One step of the elements [begin, end) of a tensor, in place. */
