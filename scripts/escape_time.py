@@ -5,7 +5,7 @@
 Theory (``hf_dualadam/escape.py`` has the formulas): an optimizer that multiplies gradients by a mobility P leaves a
 minimum of sharpness H after tau = tau_0 * exp(2 B dL / (eta P H)) steps. So log(tau / tau_0) falls with H as H^-1 for
 SGD (P = 1), H^(-1/2) for Adam (P = v^(-1/2)), H^(-3/2) for InvAdam (P = v^(1/2)), and in between for DualAdam at a
-fixed alpha: the larger alpha, the sooner it leaves sharp minima and the longer it stays in flat ones. tau_0 is computed
+fixed alpha: the larger alpha, the sooner it leaves sharp minima and the longer it stays in flat ones. tau_0 comes
 from theory; nothing but the slopes is fitted. Their confidence intervals cover the scatter of the points; the theory
 itself is an approximation for high barriers and small steps, good to a few percent here.
 

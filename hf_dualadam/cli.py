@@ -1,0 +1,224 @@
+"""Run anyone's script with ``--optim dualadam`` and ``--optim invadam`` known to Trainer, or describe the environment.
+
+The script gets what plain Python would give it: its own ``__main__`` module, ``sys.argv``, ``sys.path[0]``, exit codes
+and tracebacks. Processes that it starts by multiprocessing know the optimizers too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import io
+import multiprocessing.spawn
+import os
+import platform
+import sys
+import types
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hf_dualadam
+
+from . import kernels
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "peft",
+    "trl",
+    "deepspeed",
+    "triton",
+    "numpy",
+)
+
+USAGE = """\
+hf-dualadam SCRIPT.py [ARGS...]     run a script, as python SCRIPT.py does
+       hf-dualadam -m MODULE [ARGS...]     run a module, as python -m MODULE does
+       hf-dualadam env                     print versions, paths and kernels, for bug reports"""
+DESCRIPTION = """\
+Runs an unmodified script with DualAdam and InvAdam registered, so that every script which reads
+TrainingArguments from its command line takes --optim dualadam and --optim invadam."""
+EPILOG = """\
+python -m hf_dualadam is the same command; with several processes:
+accelerate launch -m hf_dualadam SCRIPT.py [ARGS...]"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``hf-dualadam`` and ``python -m hf_dualadam``.
+
+    Args:
+        argv: the command line without the program's name; ``sys.argv[1:]`` by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-dualadam",
+        usage=USAGE,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hf_dualadam {hf_dualadam.__version__}")
+    parser.add_argument("-m", dest="module", action="store_true", help="the target is the name of a module")
+    parser.add_argument("target", help="script, module, or the word env (./env for a script of that name)")
+    # Everything behind the target belongs to it, options like --version too.
+    argv = sys.argv[1:] if argv is None else argv
+    end = next((index for index, item in enumerate(argv) if not item.startswith("-")), len(argv)) + 1
+    args, rest = parser.parse_args(argv[:end]), argv[end:]
+    if args.module:
+        run_module(args.target, rest)
+    elif args.target == "env":
+        if rest:
+            parser.error(f"env takes no arguments, got {' '.join(rest)}")
+        print(describe_environment())
+    else:
+        run_script(args.target, rest)
+
+
+def run_script(path: str, args: list[str]) -> None:
+    """Run a file as ``python PATH ARGS...`` would.
+
+    Args:
+        path: the script.
+        args: its arguments.
+
+    Raises:
+        SystemExit: the script exits, or the file cannot be read (status 2, as in Python).
+    """
+    full_path = os.path.abspath(path)
+    try:
+        with io.open_code(full_path) as file:
+            source = file.read()
+    except OSError as error:
+        print(f"hf-dualadam: can't open file {full_path!r}: [Errno {error.errno}] {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+    _set_first_path(os.path.dirname(os.path.realpath(full_path)))
+    namespace = {
+        "__file__": full_path,
+        "__cached__": None,
+        "__loader__": SourceFileLoader("__main__", full_path),
+        "__package__": None,
+        "__spec__": None,
+    }
+    _run_as_main(source, [path, *args], namespace)
+
+
+def run_module(name: str, args: list[str]) -> None:
+    """Run a module or package as ``python -m NAME ARGS...`` would.
+
+    Args:
+        name: dotted name.
+        args: its arguments.
+
+    Raises:
+        SystemExit: the module exits, or there is none that can be run (status 1, as in Python).
+    """
+    _set_first_path(os.getcwd())
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except ImportError as error:
+        sys.exit(f"{sys.executable}: Error while finding module specification for {name!r} ({error})")
+    if spec is None:
+        sys.exit(f"{sys.executable}: No module named {name}, or it is a package that cannot be directly executed")
+    code = spec.loader.get_code(spec.name)
+    namespace = {
+        "__file__": spec.origin,
+        "__cached__": spec.cached,
+        "__loader__": spec.loader,
+        "__package__": spec.parent,
+        "__spec__": spec,
+    }
+    _run_as_main(code, [spec.origin, *args], namespace)
+
+
+def _run_as_main(code: bytes | types.CodeType, argv: list[str], namespace: dict[str, Any]) -> None:
+    """Execute source or code as the ``__main__`` module of this process.
+
+    Not by ``runpy``: that takes the module out of ``sys.modules`` again when the code ends, before exit handlers and
+    threads are done with it.
+    """
+    module = types.ModuleType("__main__")
+    module.__dict__.update(namespace)
+    sys.modules["__main__"] = module
+    sys.argv = argv
+    register_in_children()
+    sys.excepthook = _hide_own_frames(sys.excepthook)
+    if isinstance(code, bytes):
+        code = compile(code, namespace["__file__"], "exec", dont_inherit=True)
+    exec(code, module.__dict__)
+
+
+def _hide_own_frames(hook):
+    """An exception hook that shows tracebacks from the script's first line on, as plain Python does."""
+
+    def show(kind, error, traceback):
+        frame = traceback
+        while frame is not None and frame.tb_frame.f_code is not _run_as_main.__code__:
+            frame = frame.tb_next
+        if frame is not None:
+            traceback = frame.tb_next
+        hook(kind, error.with_traceback(traceback), traceback)
+
+    return show
+
+
+def _set_first_path(folder: str) -> None:
+    """Put the target's folder where Python put the one of this command; with -P or -I there is none."""
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):
+        sys.path[0] = folder
+
+
+class _RegisterWhenUnpickled:
+    """Registers the optimizers in the process that unpickles it."""
+
+    def __reduce__(self):
+        return register_in_children, ()
+
+
+def register_in_children() -> None:
+    """Let the processes that multiprocessing spawns from here on, and those that they spawn, register too.
+
+    A spawned process starts without this command: all it gets is a pickled description of its parent, before it
+    imports the parent's script. So the description carries an object which registers as it is unpickled.
+    """
+    describe_parent = multiprocessing.spawn.get_preparation_data
+    if getattr(describe_parent, "registers_dualadam", False):
+        return
+
+    def describe_parent_and_register(name):
+        return describe_parent(name) | {"hf_dualadam": _RegisterWhenUnpickled()}
+
+    describe_parent_and_register.registers_dualadam = True
+    multiprocessing.spawn.get_preparation_data = describe_parent_and_register
+
+
+def describe_environment() -> str:
+    """Versions, paths and kernels of this process, one a line: what a bug report should contain."""
+    lines = {
+        "hf_dualadam": f"{hf_dualadam.__version__} ({Path(hf_dualadam.__file__).parent})",
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+    }
+    for name in PACKAGES:
+        try:
+            lines[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lines[name] = "not installed"
+    lines["torch threads"] = str(torch.get_num_threads())
+    for index in range(torch.cuda.device_count()):
+        lines[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}"
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        optimizer = hf_dualadam.DualAdam([torch.zeros(1, device=device)])
+        group = optimizer.param_groups[0]
+        reason = kernels.unavailable_reason(group["params"][0], group)
+        lines[f"{device} kernel"] = "active" if reason is None else f"inactive: {reason}"
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())

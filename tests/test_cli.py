@@ -1,0 +1,178 @@
+"""``python -m hf_dualadam`` and ``hf-dualadam`` run a script as plain Python does, with the optimizers registered."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_dualadam
+from hf_dualadam import cli
+
+ROOT = Path(__file__).parents[1]
+LAUNCHER = [sys.executable, "-m", "hf_dualadam"]
+
+# Looks at everything that a launcher could get wrong, then fails.
+PROBE = '''
+"""A script."""
+import atexit
+import pickle
+import sys
+import threading
+
+
+class Thing:
+    def __eq__(self, other):
+        return type(self) is type(other)
+
+
+def at_exit():
+    print("at exit", pickle.loads(pickle.dumps(Thing())) == Thing(), sys.modules["__main__"].__dict__ is globals())
+
+
+def f(x: int):
+    return f.__annotations__  # text if the launcher's __future__ imports leaked in
+
+
+atexit.register(at_exit)
+print(__doc__, __name__, __file__, __package__, __spec__, type(__loader__).__name__)
+print(sys.argv, sys.path[0], f(1), threading.current_thread() is threading.main_thread())
+print(sorted(set(globals()) - {"__annotations__"}), flush=True)
+try:
+    1 / 0
+except ZeroDivisionError as error:
+    raise ValueError("the script's own error") from error
+'''
+
+# A Trainer script as its user wrote it; at the end it spawns a process.
+TRAINER_SCRIPT = """
+import multiprocessing
+
+import torch
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return {"x": torch.full((4,), index / 16), "labels": torch.tensor(index % 2)}
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.linear(x)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def in_child(data, queue):
+    args = TrainingArguments("unused", optim="invadam", use_cpu=True)
+    queue.put(f"{__name__} {type(data) is Data} {args.optim.value}")
+
+
+def main():
+    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+    trainer = Trainer(Model(), args, train_dataset=Data())
+    trainer.train()
+    print("trained with", type(trainer.optimizer.optimizer).__name__, "for", trainer.state.global_step, "steps")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=in_child, args=(Data(), queue))
+    process.start()
+    print("child:", queue.get(timeout=200))
+    process.join()
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def run(command, cwd):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def assert_same(ours, plain):
+    assert (ours.stdout, ours.stderr, ours.returncode) == (plain.stdout, plain.stderr, plain.returncode)
+
+
+def test_console_command_shows_a_script_what_plain_python_shows_it(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "probe.py").write_text(PROBE)
+    console = tmp_path / "bin" / "hf-dualadam"
+    console.parent.mkdir()
+    console.write_text("import sys\nfrom hf_dualadam.cli import main\nsys.exit(main())\n")
+    command = ["folder/probe.py", "--version", "a b", "-m"]
+    plain = run([sys.executable, *command], tmp_path)
+    assert "at exit True True" in plain.stdout and plain.returncode == 1
+    assert_same(run([sys.executable, str(console), *command], tmp_path), plain)
+
+
+def test_module_target_behaves_as_with_python_m(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    (tmp_path / "package" / "__main__.py").write_text(
+        "import sys\nfrom . import __name__ as name\n"
+        "print(name, sys.argv, sys.path[0], __package__, __spec__.name, __file__)\nsys.exit(7)\n"
+    )
+    plain = run([sys.executable, "-m", "package", "x"], tmp_path)
+    assert plain.returncode == 7
+    assert_same(run([*LAUNCHER, "-m", "package", "x"], tmp_path), plain)
+
+
+def test_syntax_error_is_reported_without_frames_of_the_launcher(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "broken.py"
+    script.write_text("print('never')\nfor\n")
+    plain = run([sys.executable, str(script)], tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    with pytest.raises(SyntaxError) as error:
+        cli.run_script(str(script), [])
+    sys.excepthook(error.type, error.value, error.tb)
+    assert capsys.readouterr().err == plain.stderr
+
+
+def test_trainer_script_takes_optim_dualadam_under_accelerate_launch(tmp_path):
+    (tmp_path / "train.py").write_text(TRAINER_SCRIPT)
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "-m", "hf_dualadam"]
+    options = ["--output_dir", "out", "--optim", "dualadam", "--optim_args", "switch_fraction=0.5", "--use_cpu"]
+    options += ["--max_steps", "3", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
+    result = run([*launch, "train.py", *options], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "trained with DualAdam for 3 steps" in result.stdout
+    assert "child: __mp_main__ True invadam" in result.stdout
+
+
+def test_env_prints_versions_paths_and_kernels(capsys):
+    cli.main(["env"])
+    lines = dict(re.split("  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["hf_dualadam"] == f"{hf_dualadam.__version__} ({Path(hf_dualadam.__file__).parent})"
+    assert sys.executable in lines["python"]
+    assert lines["cpu kernel"].startswith(("active", "inactive: "))
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        ([], 2, "required: target"),
+        (["--fast", "x.py"], 2, "unrecognized arguments: --fast"),
+        (["env", "x"], 2, "env takes no arguments, got x"),
+        (["missing.py"], 2, "can't open file"),
+    ],
+)
+def test_bad_calls_end_in_one_clear_error(argv, status, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(argv)
+    assert error.value.code == status
+    assert message in capsys.readouterr().err
