@@ -95,16 +95,18 @@ def update(batches: list[tuple[dict[str, Any], list[tuple[Tensor, ...]]]]):
                 taken.append((group, item))
         if others:
             left.append((group, others))
-    if not taken or load() is None:
+    if not taken:
+        return left
+    if load() is None:
         return batches
     shared = _overlapping(rows[_PARAM::_ROW].tobytes(), rows[_NUMEL::_ROW].tobytes(), rows[_DTYPE::_ROW].tobytes())
+    left.extend((group, [item]) for row, (group, item) in enumerate(taken) if row in shared)
+    taken = [item for row, (_, item) in enumerate(taken) if row not in shared]
     for row in sorted(shared, reverse=True):
         del rows[row * _ROW : (row + 1) * _ROW]
-    left.extend((group, [item]) for row, (group, item) in enumerate(taken) if row in shared)
     _call(rows, array("d", [value for group, _ in batches for value in _options(group)]))
-    for row, (_, item) in enumerate(taken):
-        if row not in shared:
-            increment_version(item[0])  # autograd then notices that a saved tensor was overwritten
+    for param, *_ in taken:
+        increment_version(param)  # autograd then notices where a saved tensor was overwritten
     return left
 
 
