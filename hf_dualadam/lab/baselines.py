@@ -136,6 +136,16 @@ class OptimizerSetting:
             options["switch_fraction"] = self.switch_fraction
         return ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items())
 
+    def summary(self) -> dict[str, Any]:
+        """The setting as plain values, for a report."""
+        return {
+            "base": self.base,
+            "ours": self.baseline.optim is not None,
+            "optim_args": self.describe(),
+            "switch_fraction": self.switch_fraction,
+            "gradients_per_step": self.baseline.gradients_per_step,
+        }
+
     def training_arguments(self, learning_rate: float) -> dict[str, Any]:
         """What this setting fixes of ``TrainingArguments``."""
         values: dict[str, Any] = {"learning_rate": learning_rate}

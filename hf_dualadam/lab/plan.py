@@ -13,6 +13,19 @@ from ..finetuning.config import InputError, check_type
 from .baselines import BASELINES, OptimizerSetting
 
 SCRIPTS = ("glue", "image_classification")
+# Points of the training, as shares of its steps, at which the inverse share is noted.
+SHARE_POINTS = {"inverse_share_1pct": 0.01, "inverse_share_10pct": 0.1, "inverse_share_50pct": 0.5}
+COLUMNS = (
+    *("task", "optimizer", "optim_args", "learning_rate", "seed", "role", "steps"),
+    *("selection_metric", "selection_loss", "heldout_metric", "heldout_loss", "train_metric", "train_loss"),
+    *("gap_metric", "gap_loss", "hessian_top_eigenvalue", "hessian_trace", "ball_sharpness"),
+    *(*SHARE_POINTS, "seconds", "peak_memory_mb", "status"),
+)
+
+CURVE_COLUMNS = (
+    *("task", "optimizer", "learning_rate", "seed", "step"),
+    *("loss", "selection_loss", "selection_metric", "alpha", "inverse_share"),
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,9 @@ class Plan:
 
     def steps(self, task: str, optimizer: str) -> int:
         """Optimizer steps of a run: equal budgets mean an equal number of gradients."""
-        return max(1, self.tasks[task].arguments["max_steps"] // self.optimizers[optimizer].baseline.gradients_per_step)
+        return max(
+            1, self.tasks[task].arguments["max_steps"] // self.optimizers[optimizer].baseline.gradients_per_step
+        )
 
     def run(self, task: str, optimizer: str, learning_rate: float, seed: int, role: str) -> Run:
         """One run with its digest."""
@@ -163,14 +178,24 @@ class Plan:
         """The runs at the chosen learning rate."""
         return [self.run(task, optimizer, learning_rate, seed, "final") for seed in self.seeds]
 
+    def empty_row(self, run: Run) -> dict[str, Any]:
+        """The run's row of the results, by column of :data:`COLUMNS`, before it has run."""
+        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row |= {name: getattr(run, name) for name in ("task", "optimizer", "learning_rate", "seed", "role")}
+        steps = self.steps(run.task, run.optimizer)
+        return row | {"optim_args": self.optimizers[run.optimizer].describe(), "steps": steps}
+
     def pairs(self) -> list[tuple[str, str]]:
         """All (task, optimizer)."""
         return [(task, optimizer) for task in self.tasks for optimizer in self.optimizers]
 
+    def runs_per_pair(self) -> dict[str, int]:
+        """Number of runs of one optimizer on one task, by role."""
+        return {"selection": self.num_learning_rates * len(self.selection_seeds), "final": len(self.seeds)}
+
     def size(self) -> int:
         """Number of runs, both roles."""
-        per_pair = self.num_learning_rates * len(self.selection_seeds) + len(self.seeds)
-        return per_pair * len(self.pairs())
+        return sum(self.runs_per_pair().values()) * len(self.pairs())
 
 
 def make_plan(args: PlanArguments) -> Plan:

@@ -111,7 +111,7 @@ class RunQueue:
             thread.join()
 
     def finish(self, key: str, result: Any, value: float | None) -> None:
-        """Store a claimed run's result; dropped where the run was given up for lost meanwhile.
+        """Store a claimed run's result, also where the run was given up for lost meanwhile; the first result stays.
 
         Args:
             key: the run.
@@ -143,6 +143,11 @@ class RunQueue:
         """How often the run was lost."""
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         return sum(trial.user_attrs["key"] == key and RESULT not in trial.user_attrs for trial in trials)
+
+    def running_count(self) -> int:
+        """Number of runs that are being done right now."""
+        trials = self.trials().values()
+        return sum(trial.state == TrialState.RUNNING and RESULT not in trial.user_attrs for trial in trials)
 
     def _lose(self, trial_id: int, key: str) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):

@@ -1,0 +1,323 @@
+"""One run of a comparison: train with one optimizer, evaluate, measure sharpness -> one row of figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ..finetuning import glue, images
+from ..finetuning.config import InputError, from_values
+from ..finetuning.models import ModelArguments
+from ..finetuning.training import Task, run
+from .plan import COLUMNS, SHARE_POINTS, Plan, Run, TaskSetting
+from .sharpness import measure_sharpness
+
+SPLIT_SEED = 0  # of the selection split, the label noise and the examples for sharpness: the same in all runs
+CURVE_POINTS = 20
+EVALUATIONS = 5  # on the selection split during a final run, for the curves
+
+
+class Laboratory:
+    """Executes the runs of a plan; loads each task once.
+
+    Args:
+        plan: what is compared.
+        data_root: folder that ``data_dir`` of a task is relative to.
+    """
+
+    def __init__(self, plan: Plan, data_root: Path = Path()):
+        self.plan, self.data_root = plan, data_root
+        self._tasks: dict[str, tuple[Task, Dataset, dict[str, Any]]] = {}
+
+    def metric(self, name: str) -> str:
+        """Name of the task's metric.
+
+        Raises:
+            InputError: the task cannot be had as the plan says.
+        """
+        return self._task(name)[0].main_metric
+
+    def sizes(self, name: str) -> dict[str, Any]:
+        """Number of training, selection and held-out examples of a task, and the majority class's metric."""
+        task, selection, _ = self._task(name)
+        held_out = next(iter(task.eval_datasets.values()))
+        examples = {"train": task.train_dataset, "selection": selection, "heldout": held_out}
+        return {f"{split}_examples": len(rows) for split, rows in examples.items()} | {"majority": task.baseline}
+
+    def execute(self, spec: Run) -> dict[str, Any]:
+        """Do one run. Whatever goes wrong ends up in the row's ``status``, and the process lives on.
+
+        Args:
+            spec: the run.
+
+        Returns:
+            ``row``: the figures by column of :data:`COLUMNS`, None where there is none; ``curves``: logged figures, a
+            dict a step; ``wall_seconds``: duration with loading, evaluation and sharpness.
+        """
+        started, row = time.monotonic(), self.plan.empty_row(spec)
+        curves: list[dict[str, float]] = []
+        try:
+            self._run(spec, row, curves)
+        except Exception as error:  # the other runs go on
+            row["status"] = f"crashed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        gc.collect()
+        row = {name: _json_number(value) for name, value in row.items()}
+        return {"row": row, "curves": curves, "wall_seconds": time.monotonic() - started}
+
+    def _run(self, spec: Run, row: dict[str, Any], curves: list[dict[str, float]]) -> None:
+        task, selection, values = self._task(spec.task)
+        setting = self.plan.optimizers[spec.optimizer]
+        final = spec.role == "final"
+        # The first data set is also evaluated while training, for the curves: never the held-out one.
+        splits = {"_selection": selection, **(task.eval_datasets if final else {})}
+        recorder = Recorder(row["steps"], task.main_metric, curves)
+        with tempfile.TemporaryDirectory() as folder, _PeakMemory() as memory:
+            args = _training_arguments(
+                values,
+                row["steps"],
+                final=final,
+                output_dir=folder,
+                seed=spec.seed,
+                **setting.training_arguments(spec.learning_rate),
+            )
+            finished = run(
+                dataclasses.replace(task, eval_datasets=splits),
+                args,
+                optimizer_cls_and_kwargs=setting.optimizer_cls_and_kwargs(spec.learning_rate),
+                callbacks=[recorder],
+                trainer_cls=_without_printing(setting.trainer_cls()),
+                write=False,
+            )
+        row |= _figures(finished.metrics, task.main_metric, final) | recorder.shares()
+        row |= {"seconds": finished.metrics["train_runtime"], "peak_memory_mb": memory.peak / 2**20}
+        losses = [row[name] for name in ("selection_loss", "heldout_loss", "train_loss") if row[name] is not None]
+        row["status"] = "ok" if not recorder.diverged and all(map(math.isfinite, losses)) else "diverged"
+        if final and row["status"] == "ok" and self.plan.sharpness.examples:
+            row |= self._sharpness(finished.trainer, task)
+
+    def _sharpness(self, trainer, task: Task) -> dict[str, float]:
+        setting = self.plan.sharpness
+        examples = task.train_dataset.select(range(min(setting.examples, len(task.train_dataset))))
+        measured = measure_sharpness(
+            trainer.model,
+            list(trainer.get_eval_dataloader(task.eval_view(examples))),
+            rho=setting.rho,
+            lanczos_steps=setting.lanczos_steps,
+            trace_samples=setting.trace_samples,
+        )
+        return {name: getattr(measured, name) for name in COLUMNS if name in measured._fields}
+
+    def _task(self, name: str) -> tuple[Task, Dataset, dict[str, Any]]:
+        if name not in self._tasks:
+            try:
+                self._tasks[name] = _load_task(self.plan.tasks[name], self.data_root)
+            except InputError as error:
+                raise InputError(f"tasks.{name}: {error}") from None
+            gc.freeze()  # modules and data stay: the collections after each run need not look through them
+        return self._tasks[name]
+
+
+class Recorder(TrainerCallback):
+    """Logs at fixed points of the run, keeps the curves and stops a run that has diverged.
+
+    Args:
+        steps: planned optimizer steps.
+        metric: evaluation metric to keep.
+        curves: list that takes the figures, a dict a step.
+    """
+
+    def __init__(self, steps: int, metric: str, curves: list[dict[str, float]]):
+        self.curves, self.diverged, self._training = curves, False, True
+        self.share_steps = {name: max(1, round(share * steps)) for name, share in SHARE_POINTS.items()}
+        self.log_steps = {1, *self.share_steps.values()}
+        self.log_steps |= {max(1, round(steps * point / CURVE_POINTS)) for point in range(1, CURVE_POINTS + 1)}
+        # Trainer's names -> those of CURVE_COLUMNS
+        self.kept = {name: name for name in ("loss", "alpha", "inverse_share")}
+        self.kept |= {"eval_loss": "selection_loss", f"eval_{metric}": "selection_metric"}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for a log at this run's points."""
+        control.should_log = state.global_step in self.log_steps
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Keep the figures; stop on a loss or gradient that is not finite."""
+        figures = {ours: logs[theirs] for theirs, ours in self.kept.items() if logs.get(theirs) is not None}
+        if not self._training or not figures:
+            return
+        if not math.isfinite(logs.get("loss", 0.0)) or not math.isfinite(logs.get("grad_norm", 0.0)):
+            self.diverged = control.should_training_stop = True
+            return
+        self.curves.append(
+            {"step": state.global_step} | {name: float(f"{value:.5g}") for name, value in figures.items()}
+        )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Leave the evaluations after training out of the curves."""
+        self._training = False
+
+    def shares(self) -> dict[str, float]:
+        """The inverse share at the points of :data:`SHARE_POINTS`, where the optimizer has one."""
+        logged = {point["step"]: point["inverse_share"] for point in self.curves if "inverse_share" in point}
+        return {name: logged[step] for name, step in self.share_steps.items() if step in logged}
+
+
+class _PeakMemory:
+    """Highest memory of this process within the context, in bytes: allocated on the GPU, or else resident."""
+
+    def __enter__(self) -> _PeakMemory:
+        self.peak, self._stop = 0, threading.Event()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._stop.is_set():
+            self.peak = max(self.peak, process.memory_info().rss)
+            self._stop.wait(0.1)
+
+    def __exit__(self, *error) -> None:
+        self._stop.set()
+        self._thread.join()
+        if torch.cuda.is_available():
+            self.peak = torch.cuda.max_memory_allocated()
+
+
+def _without_printing(trainer_cls: Callable[..., Trainer]) -> Callable[..., Trainer]:
+    """Trainer prints every log where it shows no progress bar; a comparison prints one line a run."""
+
+    def build(**kwargs: Any) -> Trainer:
+        trainer = trainer_cls(**kwargs)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    return build
+
+
+def _load_task(setting: TaskSetting, data_root: Path) -> tuple[Task, Dataset, dict[str, Any]]:
+    """The task with its noisy training part, its selection split, and the values for TrainingArguments."""
+    script = {"glue": glue, "image_classification": images}[setting.script]
+    data_cls = {"glue": glue.GlueArguments, "image_classification": images.ImageArguments}[setting.script]
+    values = dict(setting.arguments)
+    if values.get("data_dir"):
+        values["data_dir"] = str(data_root / values["data_dir"])
+    names = {field.name for cls in (data_cls, ModelArguments) for field in dataclasses.fields(cls)}
+    own = {name: value for name, value in values.items() if name in names}
+    task = script.build(*from_values((data_cls, ModelArguments), own))
+    task, selection = _carve(task, setting)
+    task = dataclasses.replace(task, eval_view=_in_memory(task.eval_view))
+    if not own.get("augment", setting.script == "image_classification"):
+        task = dataclasses.replace(task, train_view=_in_memory(task.train_view))
+    training = {name: value for name, value in values.items() if name not in names}
+    ours = sorted({"learning_rate", "optim", "optim_args", "seed", "output_dir"} & set(training))
+    if ours:
+        raise InputError(f"arguments: {', '.join(ours)} - should be left to the comparison")
+    _training_arguments(training, 1, final=True, output_dir="unused")  # errors now, not in the first run
+    return task, selection, training
+
+
+def _in_memory(view: Callable[[Any], Any]) -> Callable[[Dataset], list[Any]]:
+    """The same view of a data set, decoded once for all runs."""
+    kept: dict[str, list[Any]] = {}
+
+    def look(dataset: Dataset) -> list[Any]:
+        if dataset._fingerprint not in kept:
+            kept[dataset._fingerprint] = list(view(dataset))
+        return kept[dataset._fingerprint]
+
+    return look
+
+
+def _carve(task: Task, setting: TaskSetting) -> tuple[Task, Dataset]:
+    """Set the selection split aside, then replace a share of the remaining labels by random classes."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(task.train_dataset))
+    size = round(setting.selection_fraction * len(order))
+    if not 0 < size < len(order):
+        raise InputError(f"selection_fraction: {setting.selection_fraction} of {len(order)} examples leaves no split")
+    selection, train = task.train_dataset.select(order[:size]), task.train_dataset.select(order[size:])
+    if setting.label_noise:
+        train = randomize_labels(train, setting.label_noise, len(task.label_names or ()))
+    return dataclasses.replace(task, train_dataset=train), selection
+
+
+def randomize_labels(dataset: Dataset, share: float, classes: int) -> Dataset:
+    """Replace a share of the labels by classes drawn at random (which may hit the right one), always the same way.
+
+    Args:
+        dataset: with a label column.
+        share: in [0, 1].
+        classes: number of classes.
+
+    Raises:
+        InputError: there are no classes (a regression).
+    """
+    if not classes:
+        raise InputError(f"label_noise: {share} - should be 0 for a task without classes")
+    column = "labels" if "labels" in dataset.column_names else "label"
+    generator = np.random.default_rng(SPLIT_SEED)
+    labels = np.array(dataset[column])
+    chosen = generator.permutation(len(labels))[: round(share * len(labels))]
+    labels[chosen] = generator.integers(classes, size=len(chosen))
+    feature = dataset.features[column]
+    return dataset.remove_columns(column).add_column(column, labels.tolist()).cast_column(column, feature)
+
+
+def _training_arguments(values: dict[str, Any], steps: int, *, final: bool, **fixed: Any) -> TrainingArguments:
+    """The task's values for TrainingArguments, and what a comparison fixes."""
+    (args,) = from_values(
+        (TrainingArguments,),
+        values
+        | {
+            "max_steps": steps,
+            "do_train": True,
+            "do_eval": True,
+            "logging_strategy": "no",  # the Recorder asks for logs
+            "logging_nan_inf_filter": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "eval_strategy": "steps" if final else "no",
+            "eval_steps": max(1, steps // EVALUATIONS),
+        }
+        | fixed,
+        defaults=lambda given: {},
+    )
+    return args
+
+
+def _figures(metrics: dict[str, float], metric: str, final: bool) -> dict[str, float]:
+    """The row's metrics and losses from those of the run."""
+    figures = {
+        "selection_metric": metrics[f"eval_{metric}_selection"],
+        "selection_loss": metrics["eval_loss_selection"],
+        "train_metric": metrics[f"train_eval_{metric}"],
+        "train_loss": metrics["train_eval_loss"],
+    }
+    if final:
+        figures |= {"heldout_metric": metrics[f"eval_{metric}"], "heldout_loss": metrics["eval_loss"]}
+        figures["gap_metric"] = figures["train_metric"] - figures["heldout_metric"]
+        figures["gap_loss"] = figures["heldout_loss"] - figures["train_loss"]
+    return figures
+
+
+def _json_number(value: Any) -> Any:
+    """Floats rounded to 6 figures; those that are not finite have no place in JSON."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
