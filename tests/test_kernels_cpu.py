@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import tracemalloc
+from array import array
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from reference import dualadam, dualadam_normalized
 
 from hf_dualadam import DualAdam, InvAdam
 from hf_dualadam.kernels import cpu
+from hf_dualadam.kernels.tensors import overlapping
 
 pytestmark = pytest.mark.skipif(cpu.load() is None, reason="the CPU kernel is not built: no C compiler")
 
@@ -188,13 +190,12 @@ def test_a_parameter_that_overlaps_itself_is_refused_as_by_torch():
 
 
 def test_overlapping_parameters_are_found():
-    def overlapping(*spans):
-        columns = zip(*((start, n, 0) for start, n in spans))
-        return cpu._overlapping(*(cpu.array("q", column).tobytes() for column in columns))
+    def found(*spans):
+        return overlapping(array("q", [number for span in spans for number in span]))
 
-    assert overlapping((0, 10), (40, 10), (80, 0), (80, 1)) == set()
-    assert overlapping((100, 10), (0, 10), (136, 2)) == {0, 2}
-    assert overlapping((0, 100), (4, 1), (12, 1), (400, 1)) == {0, 1, 2}
+    assert found((0, 40), (40, 40), (80, 0), (80, 4), (60, 0)) == set()
+    assert found((100, 40), (0, 40), (136, 8)) == {0, 2}
+    assert found((0, 400), (4, 4), (12, 4), (400, 4)) == {0, 1, 2}
 
 
 def test_autograd_notices_the_update():
