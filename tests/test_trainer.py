@@ -71,7 +71,7 @@ def _optimizer(trainer):
 def test_arguments_print_serialize_and_come_back(name, tmp_path):
     args = _arguments(tmp_path, optim=name)
     assert args.optim == name == OptimizerNames(name).value
-    assert name.upper() in repr(args) and json.loads(args.to_json_string())["optim"] == name
+    assert name in repr(args).lower() and json.loads(args.to_json_string())["optim"] == name
     assert pickle.loads(pickle.dumps(args)).optim == name
     assert dataclasses.replace(args, seed=1).optim == name
     torch.save(args, tmp_path / "training_args.bin")
