@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the a film is good bad dull fine this that was not very and cat dog runs sleeps".split()
@@ -33,7 +33,7 @@ def save_bert(folder, **settings):
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **CONFIG, **settings)
-    BertForSequenceClassification(config).save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
     return folder
 
 

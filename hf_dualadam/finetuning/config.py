@@ -261,10 +261,13 @@ def _read_command_line(
     for action in parser._actions:
         if action.dest not in hints:
             continue
+        action.help = (action.help or "").replace("%%", "%")
         if action.default not in (None, argparse.SUPPRESS):
-            default = str(getattr(action.default, "value", action.default)).replace("%", "%%")
-            action.help = f"{action.help or ''} (default: {default})".strip()
+            action.help += f" (default: {getattr(action.default, 'value', action.default)})"
+        action.help = action.help.strip().replace("%", "%%")  # argparse formats help texts
         action.default, action.required = argparse.SUPPRESS, False
+        if _options(hints[action.dest]) == {bool, types.NoneType}:
+            action.nargs, action.const = "?", True  # --key alone is --key true, as for other switches
         if action.type is int and action.dest == "warmup_steps":
             action.type = float  # a share of the steps, on 4.57 too
         if action.nargs in (None, "?") and _options(hints[action.dest]) & {dict, list}:

@@ -87,7 +87,6 @@ class Images(NamedTuple):
     """One split as it was found, and its name in messages."""
 
     dataset: Dataset
-    split: str
     name: str
 
 
@@ -188,6 +187,14 @@ def build(
     prepared = {
         split: _prepare(source, args, classes, order, to_predict=split == "test") for split, source in sources.items()
     }
+    if "validation" in set(splits) - set(prepared):
+        logger.warning(f"No {args.eval_split} images: {args.train_val_split:.0%} of the training images are held out.")
+        parts = prepared["train"].train_test_split(test_size=args.train_val_split, seed=data.SAMPLE_SEED)
+        prepared |= {"train": parts["train"], "validation": parts["test"]}
+    prepared = {split: _limit(dataset, split, args) for split, dataset in prepared.items()}
+    if args.check_images:
+        for split, dataset in prepared.items():
+            _check_images(dataset, (sources.get(split) or sources["train"]).name)
     train, held_out = prepared.get("train"), prepared.get("validation")
     metric = LocalMetric(["accuracy"])
     plain = ImageTransform(processor, config)
@@ -211,21 +218,15 @@ def build(
 
 
 def _load_splits(args: ImageArguments, model_args: ModelArguments, splits: set[str]) -> dict[str, Images]:
-    """The splits asked for; held-out images are carved out of the training images where there are none."""
+    """The splits asked for; the held-out images may be missing where there are training images."""
     names = {split: args.eval_split if split == "validation" else split for split in splits}
     datasets = _load_datasets(args, model_args, set(names.values()))
     found = {
-        split: Images(datasets[name], split, _source_name(args, name))
-        for split, name in names.items()
-        if name in datasets
+        split: Images(datasets[name], _source_name(args, name)) for split, name in names.items() if name in datasets
     }
-    if "validation" in splits - set(found) and "train" in found:
-        parts = found["train"].dataset.train_test_split(test_size=args.train_val_split, seed=data.SAMPLE_SEED)
-        logger.warning(f"No {args.eval_split} images: {args.train_val_split:.0%} of the training images are held out.")
-        found["validation"] = found["train"]._replace(dataset=parts["test"], split="validation")
-        found["train"] = found["train"]._replace(dataset=parts["train"])
     for split in splits - set(found):
-        raise InputError(data.missing_split(args, names[split]))
+        if split != "validation" or "train" not in found:
+            raise InputError(data.missing_split(args, names[split]))
     return found
 
 
@@ -238,12 +239,12 @@ def _load_datasets(args: ImageArguments, model_args: ModelArguments, splits: set
     if args.data_dir and not files:
         found = {split: data.find_split(Path(args.data_dir), split) for split in splits}
         files = {split: [str(path) for path in paths] for split, paths in found.items() if paths}
-        if not files:
+        if not files and any(path.is_dir() for path in Path(args.data_dir).iterdir()):
             return data.load_hub("imagefolder", data_dir=args.data_dir, **hub)
     for path in (path for paths in files.values() for path in paths):
         if Path(path).suffix.lower() != ".parquet":
             raise InputError(f"{path}: images are read from .parquet files and folders")
-    if files:
+    if files or args.data_dir:
         return {split: data.load_hub("parquet", data_files=paths, **hub)["train"] for split, paths in files.items()}
     if args.dataset_name is None:
         raise InputError("no images: give data_dir, train_dir and validation_dir, or dataset_name")
@@ -285,7 +286,7 @@ def _load_processor(args: ModelArguments, config: PretrainedConfig) -> Any:
 def _prepare(
     source: Images, args: ImageArguments, classes: tuple[str, ...], order: tuple[str, ...], *, to_predict: bool
 ) -> Dataset:
-    """Columns ``image`` and, where there are any, ``label`` in the model's order; every image checked."""
+    """Columns ``image``, ``row`` and, where there are any, ``label`` in the model's order."""
     table = _label_table(source, args.label_column_name)
     column = _image_column(source, args)
     table.require([column] if to_predict else [column, args.label_column_name])
@@ -295,13 +296,13 @@ def _prepare(
     if labels is not None:
         indices = pa.array([order.index(classes[label]) for label in labels], pa.int64())
         dataset = dataset.add_column("label", indices)
-    if to_predict:
-        dataset = dataset.select(range(min(len(dataset), args.max_predict_samples or len(dataset))))
-    else:
-        dataset = data.sample(dataset, args.max_train_samples if source.split == "train" else args.max_eval_samples)
-    if args.check_images:
-        _check_images(dataset, source.name)
-    return dataset
+    return dataset.add_column("row", pa.array(range(len(dataset)), pa.int64()))  # of the file, for messages
+
+
+def _limit(dataset: Dataset, split: str, args: ImageArguments) -> Dataset:
+    if split == "test":
+        return dataset.select(range(min(len(dataset), args.max_predict_samples or len(dataset))))
+    return data.sample(dataset, args.max_train_samples if split == "train" else args.max_eval_samples)
 
 
 def _image_column(source: Images, args: ImageArguments) -> str:
@@ -322,11 +323,10 @@ def _check_images(dataset: Dataset, name: str) -> None:
         InputError: one is missing or broken.
     """
     encoded = dataset.cast_column("image", Image(decode=False))
-    for row in tqdm(range(len(encoded)), desc=f"Checking the images of {name}", leave=False):
-        image = encoded[row]["image"]
+    for example in tqdm(encoded, desc=f"Checking the images of {name}", leave=False):
+        image = example["image"]
         try:
-            opened = PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
-            opened.load()
+            PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]).load()
         except Exception as error:  # Pillow's decoders raise many kinds
-            where = f"{image['path']} (row {row})" if image and image.get("path") else f"row {row}"
-            raise InputError(f"{name}: the image of {where} cannot be decoded: {error}") from error
+            where = " ".join(filter(None, [image and image["path"], f"(row {example['row']})"]))
+            raise InputError(f"{name}: the image {where} cannot be decoded: {error}") from error

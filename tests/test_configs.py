@@ -1,0 +1,177 @@
+"""Every config loads; files and command lines are read strictly."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import yaml
+from tiny import ROOT
+from transformers import Trainer, TrainingArguments
+
+from hf_dualadam import DualAdam
+from hf_dualadam.finetuning.config import InputError, parse
+from hf_dualadam.finetuning.glue import TASKS, GlueArguments
+from hf_dualadam.finetuning.images import ImageArguments
+from hf_dualadam.finetuning.models import ModelArguments, load_config
+from hf_dualadam.finetuning.training import RunArguments
+
+CONFIGS = sorted(
+    path for folder in ("glue", "vision", "quickstart") for path in (ROOT / "configs" / folder).glob("*.yaml")
+)
+CONFIGS = [path for path in CONFIGS if path.stem != "clm"]
+
+
+@dataclass
+class Options:
+    task: str = "none"
+    mapping: dict[str, int] | None = None
+    names: list[str] | None = None
+    count: int | None = None
+    strict: bool | None = None
+    share: float = field(default=0.5, metadata={"help": "100 % or less"})
+
+
+def read(tmp_path, text, *argv):
+    (tmp_path / "config.yaml").write_text(text)
+    return parse((Options, TrainingArguments), [str(tmp_path / "config.yaml"), *argv])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_loads_and_its_optimizer_builds(path):
+    data_class = GlueArguments if "glue" in (path.parent.name, path.stem) else ImageArguments
+    model_args, data_args, _, args = parse((ModelArguments, data_class, RunArguments, TrainingArguments), [str(path)])
+    text = path.read_text()
+    assert text.startswith("# ") and "osts" in text.split("\n\n")[0]
+    values = yaml.safe_load(text)
+    assert isinstance(values["learning_rate"], float) and values["output_dir"].startswith("outputs/")
+    assert args.do_train and args.do_eval and args.report_to == []
+    optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer = optimizer_cls([torch.nn.Parameter(torch.ones(2))], **kwargs)
+    assert isinstance(optimizer, DualAdam) and optimizer.param_groups[0]["lr"] == values["learning_rate"]
+    if model_args.model_config:
+        assert load_config(model_args).hidden_size == values["model_config"]["hidden_size"]
+    if path.parent.name == "glue":
+        assert data_args.task_name == path.stem
+
+
+def test_there_is_a_config_for_every_glue_task():
+    assert {path.stem for path in CONFIGS if path.parent.name == "glue"} == set(TASKS)
+
+
+def test_file_and_command_line_say_the_same(tmp_path):
+    text = "task: a\nmapping: {x: 1}\nnames: [p, q]\ncount: 3\nshare: 1\nlearning_rate: 2.0e-5\nseed: 7\nstrict: true"
+    by_file = read(tmp_path, text)
+    argv = (
+        "--task a --mapping {x:\x001} --names p q --count 3 --share 1 --learning_rate 2e-5 --seed 7 --strict".split()
+    )
+    by_line = parse((Options, TrainingArguments), [part.replace("\0", " ") for part in argv])
+    assert by_file[0] == by_line[0] == Options("a", {"x": 1}, ["p", "q"], 3, True, 1)
+    assert by_file[1].learning_rate == by_line[1].learning_rate == 2e-5 and by_line[1].seed == 7
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    options, args = read(tmp_path, "task: a\nlearning_rate: 1.0\nseed: 3", "--task", "b", "--seed", "4")
+    assert (options.task, args.learning_rate, args.seed) == ("b", 1.0, 4)
+
+
+def test_defaults_are_dualadam_training_and_evaluation():
+    _, args = parse((Options, TrainingArguments), [])
+    assert (args.optim, args.optim_args) == ("dualadam", "switch_fraction=0.1")
+    assert args.do_train and args.do_eval and not args.do_predict
+    _, args = parse((Options, TrainingArguments), ["--do_eval", "--optim", "sgd"])
+    assert args.do_eval and not args.do_train and args.optim_args is None
+
+
+def test_optim_args_of_the_file_stay_with_its_optimizer(tmp_path):
+    text = "optim: dualadam\noptim_args: switch_rate=0.2"
+    assert read(tmp_path, text)[1].optim_args == "switch_rate=0.2"
+    assert read(tmp_path, text, "--optim", "adamw_torch")[1].optim_args is None
+    assert read(tmp_path, text, "--optim", "sgd", "--optim_args", "momentum=0.9")[1].optim_args == "momentum=0.9"
+
+
+@pytest.mark.parametrize("option", ["--warmup_ratio", "--warmup_steps"])
+def test_warmup_share_under_either_name(tmp_path, option):
+    for args in (parse((TrainingArguments,), [option, "0.25"])[0], read(tmp_path, f"{option[2:]}: 0.25")[1]):
+        assert args.get_warmup_steps(100) == 25
+    assert parse((TrainingArguments,), ["--warmup_steps", "7"])[0].get_warmup_steps(100) == 7
+
+
+@pytest.mark.parametrize("value", ["true", "path/to/checkpoint-1"])
+def test_resume_is_a_switch_or_a_path(tmp_path, value):
+    assert read(tmp_path, f"resume_from_checkpoint: {value}")[1].resume_from_checkpoint == value
+    assert read(tmp_path, "", "--resume_from_checkpoint", value)[1].resume_from_checkpoint == value
+    assert read(tmp_path, "resume_from_checkpoint: false")[1].resume_from_checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 2e-5", "learning_rate: '2e-5' is text, but a number is needed.*2.0e-5"),
+        ("lerning_rate: 1.0", "unknown option 'lerning_rate', did you mean learning_rate"),
+        ("task: 3", "task: 3 is a whole number, but text is needed"),
+        ("count: 1.5", "count: 1.5 is a number, but a whole number or null is needed"),
+        ("count: true", "count: True is true or false"),
+        ("seed: null", "seed: None is null"),
+        ("mapping: {x: y}", "mapping: .* is a mapping, but"),
+        ("names: p", "names: 'p' is text, but a list or null"),
+        ("eval_strategy: no", "eval_strategy: False.*quotes"),
+        ("optim: adamm", "optim: 'adamm' is not one of .*dualadam"),
+        ("lr_scheduler_type: cosin", "lr_scheduler_type: 'cosin' is not one of"),
+        ("learning_rate: .nan", "learning_rate: nan is not a finite number"),
+        ("learning_rate: -1.0", "learning_rate: -1.0 is out of range"),
+        ("num_train_epochs: 0", "num_train_epochs: 0 is out of range"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size: 0 is out of range"),
+        ("seed: 99999999999999999999", "seed: 9+ is out of range"),
+        ("optim_args: switch=0.1", "unknown key 'switch'.*switch_rate"),
+        ("optim_args: switch_rate=2", "switch_rate=2 - should be a number in"),
+        ("eval_strategy: steps\neval_steps: 3\nload_best_model_at_end: true\nsave_strategy: epoch", "load_best_model"),
+        ("task: a\ntask: b", "key 'task' is given twice"),
+        ("- task", "should hold `key: value` lines, but holds a list"),
+        ("task: [", "cannot be read as YAML"),
+        ("task: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
+        ("1: x", "unknown option '1'"),
+    ],
+)
+def test_bad_files_are_refused_with_one_clear_message(tmp_path, text, message):
+    with pytest.raises(InputError, match="(?s)" + message):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["no/such.yaml"], "no such config file"),
+        (["--lerning-rate", "1"], "unknown option 'lerning_rate', did you mean learning_rate"),
+        (["--task", "a", "stray"], "'stray' belongs to no option"),
+        (["--seed", "1.5"], "seed.*invalid int value: '1.5'"),
+        (["--learning_rate"], "learning_rate.*expected"),
+        (["--mapping", "{x: ]"], "not readable as YAML"),
+        (["--mapping", "x"], "mapping: 'x' is text"),
+    ],
+)
+def test_bad_command_lines_are_refused_with_one_clear_message(argv, message):
+    with pytest.raises(InputError, match=message):
+        parse((Options, TrainingArguments), argv)
+
+
+def test_unreadable_file_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00task: a")
+    with pytest.raises(InputError, match="cannot be read as YAML"):
+        parse((Options,), [str(tmp_path / "config.yaml")])
+
+
+def test_required_option_is_named():
+    @dataclass
+    class Needs:
+        task: str
+
+    with pytest.raises(InputError, match="task: required"):
+        parse((Needs,), [])
+
+
+def test_help_lists_options_with_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse((Options, TrainingArguments), ["--help"], description="What it does")
+    printed = capsys.readouterr().out
+    for part in ("What it does", "--share", "100 % or less (default: 0.5)", "dualadam", "--warmup_ratio"):
+        assert part in printed
