@@ -191,7 +191,7 @@ def test_a_parameter_that_overlaps_itself_is_refused_as_by_torch():
 
 def test_overlapping_parameters_are_found():
     def found(*spans):
-        return overlapping(array("q", [number for span in spans for number in span]))
+        return overlapping(*(array("q", column) for column in zip(*spans)))
 
     assert found((0, 40), (40, 40), (80, 0), (80, 4), (60, 0)) == set()
     assert found((100, 40), (0, 40), (136, 8)) == {0, 2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import operator
 import os
 from array import array
 from pathlib import Path
@@ -12,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from .tensors import Batches, Item, is_sharded, overlapping, plain, same_layout, split
+from .tensors import Batches, Item, is_sharded, mark_as_written, overlapping, plain, same_layout, split
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,7 @@ _DTYPES = {
     (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16): (2, 2),
     (torch.float16, torch.float16, torch.float32, torch.float32): (3, 2),
 }
-_BLANK = (0,) * 5  # the fields of struct Tensor that dual_update.c fills
-_N_FIELDS = 13
+_ADDRESS, _SIZE, _N_FIELDS = 0, 5, 8  # places of fields in struct Tensor, and their number
 
 _REMEDY = (
     "install a C compiler (gcc or clang) and run `pip install --force-reinstall --no-deps` on hf_dualadam again, or, "
@@ -80,37 +79,37 @@ def update(batches: Batches) -> Batches:
     Returns:
         What is left, in the same form.
     """
-    taken, left = split(batches, "cpu", _row)
+    taken, left = split(batches, operator.attrgetter("is_cpu"), _row)
     if not taken:
         return left
     if load() is None:
         return batches
-    shared = overlapping(array("q", [value for *_, (row, size) in taken for value in (row[0], size)]))
     rows, params = array("q"), []
-    for place, (index, item, (row, _)) in enumerate(taken):
-        if place in shared:
-            left.append((batches[index][0], [item]))
-        else:
-            rows.extend((*row, index, *_BLANK))
-            params.append(item[0])
+    for index, item, row in taken:
+        rows.extend((*row, index))
+        params.append(item[0])
+    shared = sorted(overlapping(rows[_ADDRESS::_N_FIELDS], rows[_SIZE::_N_FIELDS]))
+    left.extend((batches[taken[place][0]][0], [taken[place][1]]) for place in shared)
+    for place in reversed(shared):
+        del rows[place * _N_FIELDS : (place + 1) * _N_FIELDS], params[place]
     _call(rows, array("d", [value for group, _ in batches for value in _options(group)]))
-    for param in params:
-        increment_version(param)  # autograd then notices where a saved tensor was overwritten
+    mark_as_written(params)
     return left
 
 
-def _row(item: Item, group: dict[str, Any]) -> tuple[tuple[int, ...], int] | None:
-    """The first fields of struct Tensor, up to ``dtype``, and the parameter's size in bytes."""
+def _row(item: Item, group: dict[str, Any]) -> tuple[int, ...] | None:
+    """The fields of struct Tensor, but for the last."""
     item = None if group["capturable"] else plain(item, group["normalize_inverse"])
     if item is None:
         return None
     param, grad, exp_avg, exp_avg_sq, step = item
-    dtype, size = _DTYPES.get((param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype), (None, 0))
-    if dtype is None or not same_layout(*item[:4]) or not all(t.is_cpu for t in item[1:]):
+    dtype, itemsize = _DTYPES.get((param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype), (None, 0))
+    if dtype is None or not same_layout(param, grad, exp_avg, exp_avg_sq):
         return None
-    numel = param.numel()
+    if not (grad.is_cpu and exp_avg.is_cpu and exp_avg_sq.is_cpu and step.is_cpu):
+        return None
     addresses = (param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), step.data_ptr())
-    return (*addresses, numel, dtype), numel * size
+    return *addresses, param.numel() * itemsize, dtype
 
 
 def _options(group: dict[str, Any]) -> tuple[float, ...]:
@@ -121,8 +120,6 @@ def _options(group: dict[str, Any]) -> tuple[float, ...]:
 
 def _call(rows: array, groups: array) -> None:
     function, parallel = load()
-    n_tensors = len(rows) // _N_FIELDS
-    rows.extend((0,) * _N_FIELDS)  # the empty last row
     threads = torch.get_num_threads() if parallel and os.getpid() == _PROCESS else 1
-    if function(rows.buffer_info()[0], n_tensors, groups.buffer_info()[0], threads, parallel):
-        raise MemoryError("The CPU kernel of hf_dualadam found no memory for the norms of normalize_inverse.")
+    if function(rows.buffer_info()[0], len(rows) // _N_FIELDS, groups.buffer_info()[0], threads, parallel):
+        raise MemoryError("The CPU kernel of hf_dualadam found no memory for its table of tensors.")

@@ -24,13 +24,8 @@
 typedef struct {
     void *param, *grad, *exp_avg, *exp_avg_sq;
     float *step;
-    int64_t numel, dtype, group;
-    /* filled here */
-    int64_t first_task;    /* see work() */
-    int64_t norm_chunks;   /* chunks whose norms are to be measured before the update: all or none */
-    int64_t pending_norms; /* those of them that are still to be done */
-    double (*sums)[2];     /* one pair per measured chunk */
-    double norm_ratio;     /* scale of the inverse update: 1 unless it is normalized */
+    int64_t size; /* of the parameter, in bytes */
+    int64_t dtype, group;
 } Tensor;
 
 typedef struct {
@@ -42,6 +37,7 @@ typedef struct {
 } StepScalars;
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+static const int64_t itemsizes[] = {4, 8, 2, 2};
 
 /* ---- half precision: conversions to and from float, to nearest even, without branches ---- */
 
@@ -180,43 +176,54 @@ static StepScalars step_scalars(double step, const Group *group)
 
 /* ---- all tensors, all threads ---- */
 
+/* What there is to do about one tensor; the unit is a chunk of it. */
 typedef struct {
-    Tensor *tensors; /* one empty row more than n_tensors */
+    int64_t numel;
+    int64_t first_task;    /* see work() */
+    int64_t norms;         /* chunks whose norms are to be measured before the update: all or none */
+    int64_t pending_norms; /* those of them that are still to be done; -1 once norm_ratio is known */
+    double (*sums)[2];     /* one pair per measured chunk */
+    double norm_ratio;     /* scale of the inverse update: 1 unless it is normalized */
+} Plan;
+
+typedef struct {
+    const Tensor *tensors;
     const Group *groups;
+    Plan *plans; /* one more than tensors, the last one empty */
     int64_t n_tensors, n_tasks, next_task;
 } Job;
 
-static int64_t n_chunks(const Tensor *t)
+static int64_t n_chunks(int64_t numel)
 {
-    return (t->numel + CHUNK - 1) / CHUNK;
+    return (numel + CHUNK - 1) / CHUNK;
 }
 
-/* The last row with first_task <= task. */
-static Tensor *row_of_task(const Job *job, int64_t task)
+/* The last plan with first_task <= task. */
+static int64_t plan_of_task(const Job *job, int64_t task)
 {
     int64_t low = 0, high = job->n_tensors + 1;
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
-        if (job->tensors[middle].first_task <= task)
+        if (job->plans[middle].first_task <= task)
             low = middle;
         else
             high = middle;
     }
-    return &job->tensors[low];
+    return low;
 }
 
 /* Counts one chunk's norms as done. The last one works out the ratio, adding up in the order of the chunks. */
-static void finish_norms(Tensor *t)
+static void finish_norms(Plan *plan)
 {
-    if (__atomic_sub_fetch(&t->pending_norms, 1, __ATOMIC_ACQ_REL) > 0)
+    if (__atomic_sub_fetch(&plan->pending_norms, 1, __ATOMIC_ACQ_REL) > 0)
         return;
     double adam_sq = 0, inverse_sq = 0;
-    for (int64_t chunk = 0; chunk < t->norm_chunks; chunk++) {
-        adam_sq += t->sums[chunk][0];
-        inverse_sq += t->sums[chunk][1];
+    for (int64_t chunk = 0; chunk < plan->norms; chunk++) {
+        adam_sq += plan->sums[chunk][0];
+        inverse_sq += plan->sums[chunk][1];
     }
-    t->norm_ratio = inverse_sq > 0 ? sqrt(adam_sq / inverse_sq) : 0;
-    __atomic_store_n(&t->pending_norms, -1, __ATOMIC_RELEASE);
+    plan->norm_ratio = inverse_sq > 0 ? sqrt(adam_sq / inverse_sq) : 0;
+    __atomic_store_n(&plan->pending_norms, -1, __ATOMIC_RELEASE);
 }
 
 /* What every thread does: take the next task, one chunk of one tensor, until none is left. The order is: norms of
@@ -229,63 +236,69 @@ static void work(void *data)
     double step = -1;
     int64_t group = -1, task;
     while ((task = __atomic_fetch_add(&job->next_task, 1, __ATOMIC_RELAXED)) < job->n_tasks) {
-        Tensor *t = row_of_task(job, task);
-        int64_t chunk = task - t->first_task;
-        const int measure = chunk < t->norm_chunks;
+        int64_t place = plan_of_task(job, task), chunk = task - job->plans[place].first_task;
+        const int measure = chunk < job->plans[place].norms;
         if (!measure)
-            chunk -= (t--)->norm_chunks; /* an update stands behind the norms of the tensor after it */
-        const int64_t begin = chunk * CHUNK, end = t->numel - begin < CHUNK ? t->numel : begin + CHUNK;
+            chunk -= job->plans[place--].norms; /* an update stands behind the norms of the next tensor */
+        const Tensor *t = &job->tensors[place];
+        Plan *plan = &job->plans[place];
+        const int64_t begin = chunk * CHUNK, end = plan->numel - begin < CHUNK ? plan->numel : begin + CHUNK;
         if (*t->step != step || t->group != group) {
             step = *t->step;
             group = t->group;
             scalars = step_scalars(step, &job->groups[group]);
         }
         if (measure) {
-            norms[t->dtype](t, begin, end, &scalars, t->sums[chunk]);
-            finish_norms(t);
+            norms[t->dtype](t, begin, end, &scalars, plan->sums[chunk]);
+            finish_norms(plan);
         } else {
-            while (t->norm_chunks && __atomic_load_n(&t->pending_norms, __ATOMIC_ACQUIRE) >= 0)
+            while (plan->norms && __atomic_load_n(&plan->pending_norms, __ATOMIC_ACQUIRE) >= 0)
                 sched_yield();
             StepScalars scaled = scalars;
-            scaled.alpha *= t->norm_ratio;
+            scaled.alpha *= plan->norm_ratio;
             updates[t->dtype](t, begin, end, &scaled);
         }
     }
 }
 
 /* Counts the step of every tensor and updates it.
- *   tensors    n_tensors rows and an empty one
  *   parallel   GOMP_parallel of the OpenMP runtime in use; not called, and may be NULL, if threads is 1
  * Returns 0, or 1 if there was no memory; then nothing has changed. */
-int dual_update(Tensor *tensors, int64_t n_tensors, const Group *groups, int threads,
+int dual_update(const Tensor *tensors, int64_t n_tensors, const Group *groups, int threads,
                 void (*parallel)(void (*function)(void *), void *data, unsigned threads, unsigned flags))
 {
-    Job job = {.tensors = tensors, .groups = groups, .n_tensors = n_tensors};
-    int64_t numel = 0, norm_chunks = 0;
-    for (Tensor *t = tensors; t < tensors + n_tensors; t++) {
-        const Group *group = &groups[t->group];
-        const int normalized = group->normalize_inverse && inverse_weight(*t->step + 1, group->switch_rate) > 0;
-        t->norm_chunks = t->pending_norms = normalized ? n_chunks(t) : 0;
-        t->norm_ratio = 1;
-        numel += t->numel;
-        norm_chunks += t->norm_chunks;
+    Plan *plans = calloc(n_tensors + 1, sizeof *plans);
+    int64_t numel = 0, n_norms = 0;
+    for (int64_t i = 0; plans && i < n_tensors; i++) {
+        const Group *group = &groups[tensors[i].group];
+        plans[i].numel = tensors[i].size / itemsizes[tensors[i].dtype];
+        plans[i].norm_ratio = 1;
+        if (group->normalize_inverse && inverse_weight(*tensors[i].step + 1, group->switch_rate) > 0)
+            plans[i].norms = plans[i].pending_norms = n_chunks(plans[i].numel);
+        numel += plans[i].numel;
+        n_norms += plans[i].norms;
     }
-    double (*sums)[2] = malloc((norm_chunks + 1) * sizeof *sums);
-    if (!sums)
+    double (*sums)[2] = malloc((n_norms + 1) * sizeof *sums);
+    if (!plans || !sums) {
+        free(plans);
+        free(sums);
         return 1;
-    norm_chunks = 0;
-    for (Tensor *t = tensors; t <= tensors + n_tensors; t++) {
-        t->first_task = job.n_tasks;
-        job.n_tasks += t->norm_chunks + (t > tensors ? n_chunks(t - 1) : 0);
-        t->sums = sums + norm_chunks;
-        norm_chunks += t->norm_chunks;
-        if (t < tensors + n_tensors)
-            *t->step += 1;
+    }
+    Job job = {.tensors = tensors, .groups = groups, .plans = plans, .n_tensors = n_tensors};
+    double (*next_sums)[2] = sums;
+    for (int64_t i = 0; i <= n_tensors; i++) {
+        plans[i].first_task = job.n_tasks;
+        plans[i].sums = next_sums;
+        next_sums += plans[i].norms;
+        job.n_tasks += plans[i].norms + (i > 0 ? n_chunks(plans[i - 1].numel) : 0);
+        if (i < n_tensors)
+            *tensors[i].step += 1;
     }
     if (threads > 1 && numel > CHUNK) /* for less, waking other threads takes longer than the work */
         parallel(work, &job, threads, 0);
     else
         work(&job);
+    free(plans);
     free(sums);
     return 0;
 }

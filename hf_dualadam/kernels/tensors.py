@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 # (param, grad, exp_avg, exp_avg_sq, step) of one parameter, and per parameter group its options and these.
 Item = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -17,24 +18,24 @@ Batches = list[tuple[dict[str, Any], list[Item]]]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def split(batches: Batches, device_type: str, take: Callable[[Item, dict[str, Any]], Any]):
+def split(batches: Batches, is_here: Callable[[Tensor], bool], take: Callable[[Item, dict[str, Any]], Any]):
     """Sort out what a kernel can update.
 
     Args:
         batches: per parameter group its options and tensors.
-        device_type: the kernel's.
+        is_here: whether a parameter is on the kernel's kind of device.
         take: called with an item and its group's options; returns what the kernel wants to know of the item, or None
             if it cannot update it.
 
     Returns:
         A list of (index of the group, item, what ``take`` returned), and the batches that are left: tensors of other
-        devices as they came, those of ``device_type`` one by one.
+        devices as they came, those of this one by one.
     """
     taken, left = [], []
     for index, (group, items) in enumerate(batches):
         others = []
         for item in items:
-            if item[0].device.type != device_type:
+            if not is_here(item[0]):
                 others.append(item)
             elif (known := take(item, group)) is None:
                 left.append((group, [item]))
@@ -68,37 +69,47 @@ def is_sharded(param: Tensor) -> bool:
 
 def same_layout(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
     """Whether place i in memory is the same element of all four, and each element has a place of its own."""
-    tensors = (param, grad, exp_avg, exp_avg_sq)
     if grad.is_neg():  # the numbers in memory have the wrong sign
         return False
-    if all(t.is_contiguous() for t in tensors):
-        return param.shape == grad.shape
+    numel = param.numel()
+    if not numel == grad.numel() == exp_avg.numel() == exp_avg_sq.numel():
+        return False
+    if param.is_contiguous() and grad.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous():
+        return True
     by_stride = sorted(range(param.dim()), key=param.stride, reverse=True)
-    return param.permute(by_stride).is_contiguous() and all(
-        t.shape == param.shape and t.stride() == param.stride() for t in tensors
-    )
+    strides = {t.stride() for t in (param, grad, exp_avg, exp_avg_sq)}
+    return len(strides) == 1 and param.permute(by_stride).is_contiguous()
 
 
-def overlapping(spans: array) -> frozenset[int]:
+def overlapping(addresses: array, sizes: array) -> frozenset[int]:
     """Find the tensors that share memory with another one, which no two threads may update at once.
 
     Args:
-        spans: address and number of bytes of each tensor in turn, 64-bit integers.
+        addresses: where each tensor begins, 64-bit integers.
+        sizes: the number of bytes of each.
 
     Returns:
         Their places in the list.
     """
-    return _overlapping(spans.tobytes())
+    return _overlapping(addresses.tobytes(), sizes.tobytes())
 
 
 @functools.lru_cache(maxsize=16)  # parameters seldom move
-def _overlapping(spans: bytes) -> frozenset[int]:
-    numbers = array("q", spans)
-    ordered = sorted((start, start + size, i) for i, (start, size) in enumerate(zip(numbers[::2], numbers[1::2])))
+def _overlapping(addresses: bytes, sizes: bytes) -> frozenset[int]:
+    spans = enumerate(zip(array("q", addresses), array("q", sizes)))
     found, reach, last = set(), 0, -1
-    for start, end, i in ordered:
+    for start, end, place in sorted((start, start + size, place) for place, (start, size) in spans):
         if start < min(reach, end):
-            found |= {i, last}
+            found |= {place, last}
         if end > reach:
-            reach, last = end, i
+            reach, last = end, place
     return frozenset(found)
+
+
+def mark_as_written(params: list[Tensor]) -> None:
+    """Let autograd notice where a tensor that it saved was overwritten."""
+    try:
+        increment_version(params)
+    except TypeError:  # torch < 2.6 takes them one by one
+        for param in params:
+            increment_version(param)
