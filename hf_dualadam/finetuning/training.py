@@ -180,13 +180,14 @@ def generalization_gap(metrics: dict[str, float], names: Iterable[str], suffix: 
 
     Args:
         metrics: with ``eval_<name>`` and ``train_eval_<name>``.
-        names: the measures; for ``loss`` the gap is held-out minus training, for the others training minus held-out.
+        names: the measures; for ``loss`` and ``perplexity`` the gap is held-out minus training, for the others training
+            minus held-out.
         suffix: of the held-out measures, "_mm" for MNLI mismatched.
     """
     gaps = {}
     for name in names:
         difference = metrics[f"{TRAIN_EVAL}_{name}"] - metrics[f"eval_{name}{suffix}"]
-        gaps[f"generalization_gap_{name}{suffix}"] = -difference if name == "loss" else difference
+        gaps[f"generalization_gap_{name}{suffix}"] = -difference if name in ("loss", "perplexity") else difference
     return gaps
 
 

@@ -1,0 +1,50 @@
+"""Train a causal language model, on text or on instructions, and see how well it generalizes.
+
+    python scripts/run_clm.py configs/quickstart/clm.yaml
+    python scripts/run_clm.py configs/clm/qwen_lora.yaml --train_file my_texts.jsonl --learning_rate 1e-4
+
+The YAML file is optional; its keys are the options below, and options given after it win. Examples have a column
+``text``, or ``prompt`` and ``completion`` (only the completion is learned), or ``messages`` of a chat; a .txt file
+holds texts separated by blank lines. TRL trains (extra [clm]), so its options of SFTConfig apply: max_length, packing,
+completion_only_loss and so on; use_peft=true trains LoRA adapters, load_in_4bit=true on a 4-bit base (bitsandbytes).
+"""
+
+import torch
+
+from hf_dualadam.finetuning.config import InputError, parse, run_main, training_defaults
+from hf_dualadam.finetuning.models import ModelArguments
+from hf_dualadam.finetuning.training import RunArguments, check_output_dir, run, splits_needed, summary
+
+
+def defaults(given):
+    # TRL's own defaults are for large models on GPUs that know bfloat16: not on a CPU.
+    on_gpu = torch.cuda.is_available()
+    values = {"bf16": on_gpu and torch.cuda.is_bf16_supported(), "gradient_checkpointing": on_gpu}
+    return training_defaults(given) | values | {"output_dir": "outputs/clm"}
+
+
+def main(argv=None):
+    try:
+        from hf_dualadam.finetuning import clm
+    except ImportError as error:
+        raise InputError(f'{error}: pip install "hf_dualadam[clm]"') from error
+    model_args, trl_args, clm_args, run_args, args = parse(
+        (ModelArguments, clm.ModelConfig, clm.ClmArguments, RunArguments, clm.SFTConfig),
+        argv,
+        defaults=defaults,
+        description=__doc__,
+    )
+    check_output_dir(args, run_args.overwrite_output_dir)
+    task, trainer_cls = clm.build(clm_args, model_args, trl_args, args, splits_needed(args))
+    finished = run(task, args, trainer_cls=trainer_cls, overwrite_output_dir=run_args.overwrite_output_dir)
+    clm.write_unigram_perplexity(finished)
+    for sample in clm.generate_samples(finished, clm_args):
+        print(f"--- {sample['prompt']} [...]\n{sample['generated']}")
+    print(summary(finished))
+    if "unigram_perplexity" in finished.metrics:
+        print(f"perplexity of a unigram model on the same tokens: {finished.metrics['unigram_perplexity']:.1f}")
+    return finished
+
+
+if __name__ == "__main__":
+    run_main(main)
