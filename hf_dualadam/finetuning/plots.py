@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-Curves = dict[str, tuple[list[int], list[float]]]
+COLORS = {"training (mean since the last point)": "C0", "held-out": "C1", "training examples, at the end": "C2"}
 
 
 def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, path: Path, title: str) -> None:
@@ -20,8 +20,15 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, pat
         title: above the panels.
     """
     panels = {
-        "loss": {"training (mean since the last point)": "loss", "held-out": "eval_loss"},
-        metric.replace("_", " "): {"held-out": f"eval_{metric}"},
+        "loss": {
+            "training (mean since the last point)": "loss",
+            "held-out": "eval_loss",
+            "training examples, at the end": "train_eval_loss",
+        },
+        metric.replace("_", " "): {
+            "held-out": f"eval_{metric}",
+            "training examples, at the end": f"train_eval_{metric}",
+        },
         "alpha and inverse share (0 to 1)": {"alpha": "alpha", "inverse share of the update": "inverse_share"},
     }
     curves = {
@@ -36,7 +43,7 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, pat
     figure.suptitle(title)
     for axis, (label, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for name, (steps, values) in lines.items():
-            axis.plot(steps, values, label=name, marker="o" if len(steps) < 12 else None)
+            axis.plot(steps, values, label=name, color=COLORS.get(name), marker="o" if len(steps) < 12 else None)
         axis.set_xlabel("optimizer steps")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
