@@ -1,11 +1,11 @@
 """Compare optimizers on equal terms: does DualAdam generalize better, on your task too?
 
     python scripts/compare_optimizers.py configs/compare/quickstart.yaml --output_dir outputs/compare
-    python scripts/compare_optimizers.py configs/compare/quickstart.yaml --output_dir outputs/compare --report_only true
+    python scripts/compare_optimizers.py --report_only --output_dir outputs/compare
 
-Chooses each optimizer's learning rate on a selection split, runs all seeds at it, and writes results.csv, report.md and
-plots to output_dir. May be stopped at any moment: the same command goes on, and runs that are done stay done. The same
-command started several times, or on machines that share --storage, shares the runs.
+Chooses each optimizer's learning rate on a selection split, runs all seeds at it, and writes results.csv, report.md
+and plots to output_dir. May be stopped at any moment: the same command goes on, and runs that are done stay done. The
+same command started several times, or on machines that share --storage, shares the runs.
 """
 
 import dataclasses

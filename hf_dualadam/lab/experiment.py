@@ -26,7 +26,7 @@ from .plan import COLUMNS, SHARE_POINTS, Plan, Run, TaskSetting
 from .sharpness import measure_sharpness
 
 SPLIT_SEED = 0  # of the selection split, the label noise and the examples for sharpness: the same in all runs
-CURVE_POINTS = 20
+CURVE_POINTS = 12
 EVALUATIONS = 5  # on the selection split during a final run, for the curves
 
 

@@ -47,6 +47,7 @@ class TaskSetting:
     label_noise: float = 0.0
 
     def __post_init__(self):
+        """Check the ranges."""
         _check(self.script in SCRIPTS, "script", self.script, "one of " + ", ".join(SCRIPTS))
         _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         _check(0 < self.selection_fraction < 1, "selection_fraction", self.selection_fraction, "between 0 and 1")

@@ -115,7 +115,7 @@ class _Report:
                     yield f"- {_summary(optimizer, reference, found)}"
 
     def _protocol(self) -> Iterable[str]:
-        study = self.study
+        study, sharpness = self.study, self.study["sharpness"]
         yield (
             "Every optimizer gets the same budget of gradients and the same number of learning rates "
             f"({study['num_learning_rates']}, a factor {study['learning_rate_factor']:g} apart), centred on its usual "
@@ -131,10 +131,10 @@ class _Report:
             "The training metric and loss are measured after training, on as many training examples as there are "
             "held-out ones at most, with the labels used for training. Gaps: training minus held-out metric, held-out "
             "minus training loss. Sharpness is that of the training loss on a fixed set of "
-            f"{study['sharpness']['examples']} training examples, without dropout: largest Hessian eigenvalue (Lanczos,"
-            f" {study['sharpness']['lanczos_steps']} products), trace (Hutchinson, {study['sharpness']['trace_samples']}"
-            f" products), and loss rise at distance {study['sharpness']['rho']:g} along the gradient. Time is that of "
-            "the training alone; memory is the process's highest during the run."
+            f"{sharpness['examples']} training examples, without dropout: largest Hessian eigenvalue (Lanczos, "
+            f"{sharpness['lanczos_steps']} products), trace (Hutchinson, {sharpness['trace_samples']} products), and "
+            f"loss rise at distance {sharpness['rho']:g} along the gradient. Time is that of the training alone; "
+            "memory is the process's highest during the run."
         )
         rows = [
             {
@@ -255,7 +255,8 @@ class _Report:
         return [name for name in self.study["optimizers"] if name in set(data["optimizer"])]
 
     def _all_references(self) -> list[str]:
-        return list(dict.fromkeys(name for names in self.references.values() for name in names))
+        used = {name for names in self.references.values() for name in names}
+        return [name for name in self.study["optimizers"] if name in used]
 
 
 def _references(name: str, optimizers: dict[str, Any]) -> list[str]:

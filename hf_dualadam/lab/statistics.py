@@ -1,4 +1,4 @@
-"""Statistics of final runs: means with intervals, differences paired by seed, and their correction (scipy, statsmodels)."""
+"""Means with intervals and differences paired by seed, corrected for their number, by scipy and statsmodels."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def verdict(difference: Difference, scale: float = 100.0, unit: str = "points") 
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, int] | None:
-    """Spearman's correlation, its p-value and the number of pairs; None below 4 pairs or where one side is constant."""
+    """Spearman's correlation, its p-value and the number of pairs; None below 4 pairs or with a constant side."""
     pairs = pd.DataFrame({"x": x, "y": y}).astype(float).dropna()
     if len(pairs) < 4 or pairs.nunique().min() < 2:
         return None
