@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class InverseStatistics(NamedTuple):
 
 
 @torch.no_grad()
-def inverse_statistics(optimizer: DualAdam) -> InverseStatistics | None:
+def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> InverseStatistics | None:
     """Measure the last step of ``optimizer`` from its moments.
 
     Reads the state once and the host once, about the cost of an optimizer step: meant for logging steps. Sharded
@@ -36,6 +37,8 @@ def inverse_statistics(optimizer: DualAdam) -> InverseStatistics | None:
 
     Args:
         optimizer: a DualAdam or InvAdam.
+        partitioned: its parameters are plain tensors that hold this process's part of the model (DeepSpeed's ZeRO);
+            what all processes have measured is then added up. Default False.
 
     Returns:
         The figures, or None before the first step.
@@ -58,7 +61,10 @@ def inverse_statistics(optimizer: DualAdam) -> InverseStatistics | None:
     if not alphas:
         return None
     home = squares[0].device
-    adam, inverse, weighted, whole, moved, size = torch.stack([s.to(home) for s in squares]).sum(0).sqrt().tolist()
+    sums = torch.stack([s.to(home) for s in squares]).sum(0).tolist()
+    if partitioned:
+        sums = _added_up(sums)
+    adam, inverse, weighted, whole, moved, size = (math.sqrt(total) for total in sums)
     return InverseStatistics(
         alpha=max(alphas)[1],
         inverse_share=weighted / whole if whole else 0.0,
@@ -70,3 +76,10 @@ def inverse_statistics(optimizer: DualAdam) -> InverseStatistics | None:
 def _whole(x: Tensor) -> Tensor:
     """The full value of a sharded tensor."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def _added_up(sums: list[float]) -> list[float]:
+    """Sum over all processes, element by element; as objects, since offloaded tensors may not suit the backend."""
+    gathered: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, sums)
+    return [sum(column) for column in zip(*gathered)]

@@ -251,8 +251,7 @@ class DualAdamCallback(TrainerCallback):
                 )
             self._warn_left_behind(inner)
             return
-        flattened = any(".zero." in type(wrapper).__module__ for wrapper in _unwrap(optimizer))
-        if flattened and any(group["normalize_inverse"] for group in inner.param_groups):
+        if _is_partitioned(optimizer) and any(group["normalize_inverse"] for group in inner.param_groups):
             raise RuntimeError(
                 "normalize_inverse needs whole tensors, and DeepSpeed's ZeRO flattens them: set "
                 "normalize_inverse=false, or use FSDP2 instead of ZeRO."
@@ -268,7 +267,7 @@ class DualAdamCallback(TrainerCallback):
         inner = _unwrap(optimizer)[-1]
         if not isinstance(inner, DualAdam) or logs is None or "loss" not in logs:
             return
-        statistics = inverse_statistics(inner)
+        statistics = inverse_statistics(inner, _is_partitioned(optimizer))
         if statistics is None:
             return
         figures = {name: getattr(statistics, name) for name in ("alpha", "inverse_share", "inverse_rms_ratio")}
@@ -321,3 +320,8 @@ def _unwrap(optimizer) -> list:
     while hasattr(layers[-1], "optimizer"):
         layers.append(layers[-1].optimizer)
     return layers
+
+
+def _is_partitioned(optimizer) -> bool:
+    """Whether DeepSpeed's ZeRO hands the inner optimizer flat parts of the model."""
+    return any(".zero." in type(layer).__module__ for layer in _unwrap(optimizer))

@@ -29,8 +29,8 @@ def checks(module: str) -> list[str]:
 
 
 @functools.cache
-def outcomes(module: str, launcher: str = "fork") -> dict[str, str]:
-    """Launch a module's checks; returns "ok" or the error of both processes for each."""
+def outcomes(module: str, launcher: str = "fork", **variables: str) -> dict[str, str]:
+    """Launch a module's checks with environment variables; returns "ok" or both processes' errors for each."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outcomes.json"
         command = [sys.executable, str(FOLDER / "two_processes.py"), module, str(out)]
@@ -38,7 +38,7 @@ def outcomes(module: str, launcher: str = "fork") -> dict[str, str]:
             torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(WORLD_SIZE), "--master_port", _port()]
             command[1:1] = torchrun
         paths = [str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")]
-        settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)}
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **variables}
         done = subprocess.run(
             command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=500
         )
