@@ -103,9 +103,14 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, model):
     run_glue.main([*whole, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")])
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, weights[name]), name
-    (tmp_path / "out" / "checkpoint-5" / "trainer_state.json").unlink()
-    with pytest.raises(InputError, match="checkpoint-5 is not a checkpoint"):
-        run_glue.main([*whole, "--resume_from_checkpoint", "true"])
+    state = tmp_path / "out" / "checkpoint-5" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])  # as if killed while it was written
+    with pytest.raises(InputError, match="checkpoint-5 is no complete checkpoint"):
+        run_glue.main([*whole, "--resume_from_checkpoint", str(state.parent)])
+    resumed = run_glue.main([*whole, "--resume_from_checkpoint", "true"])
+    assert resumed.trainer.state.global_step == 5 and state.read_text().endswith("}\n")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
 
 
 def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, model):
@@ -203,7 +208,9 @@ def test_user_errors_are_one_line_before_anything_is_written(tmp_path, model, ca
         "unknown option 'lerning_rate', did you mean learning_rate": command(
             model, good, "sst2", output, "--lerning_rate", "1"
         ),
-        "holds no checkpoint-<step> folder": command(model, good, "sst2", output, "--resume_from_checkpoint", "true"),
+        "holds no complete checkpoint-<step> folder": command(
+            model, good, "sst2", output, "--resume_from_checkpoint", "true"
+        ),
         "model_config: bert has no setting hidden_sise": command(
             "", good, "sst2", output, "--model_config", "{model_type: bert, hidden_sise: 3}"
         ),

@@ -4,7 +4,7 @@
 optimizer, learning rate and seed with other ``TrainingArguments``; the trained model and the data stay within reach.
 """
 
-import logging
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,18 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .config import InputError
 from .plots import plot_learning_curves
 
-logger = logging.getLogger(__name__)
-
+STATE = "trainer_state.json"
 # Prefix of the metrics measured on training examples after training. Trainer's own `train_loss` is something else: the
 # mean over all steps of the run, with dropout and augmentation on.
 TRAIN_EVAL = "train_eval"
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-RUN_FILES = ("checkpoint-*", "*_results.json", "predict_results_*.txt", "trainer_state.json", "training_args.bin")
+RUN_FILES = ("checkpoint-*", "*_results.json", "predict_results_*.txt", STATE, "training_args.bin")
 RUN_FILES += ("model*.safetensors", "pytorch_model*.bin", "adapter_model*", "learning_curves.png")
 
 
@@ -144,6 +142,8 @@ def run(
     if args.do_train:
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         metrics["train_samples"] = len(train_dataset)
+        if write:
+            trainer.save_model()
     if args.do_eval:
         metrics |= _evaluate(trainer, task, eval_datasets)
     if args.do_predict:
@@ -180,8 +180,8 @@ def generalization_gap(metrics: dict[str, float], names: Iterable[str], suffix: 
 
     Args:
         metrics: with ``eval_<name>`` and ``train_eval_<name>``.
-        names: the measures; for ``loss`` and ``perplexity`` the gap is held-out minus training, for the others training
-            minus held-out.
+        names: the measures; for ``loss`` and ``perplexity`` the gap is held-out minus training, for the others
+            training minus held-out.
         suffix: of the held-out measures, "_mm" for MNLI mismatched.
     """
     gaps = {}
@@ -208,16 +208,27 @@ def summary(run: Run) -> str:
 
 
 def _checkpoint(resume: str | None, folder: Path) -> str | None:
+    """The checkpoint that ``resume_from_checkpoint`` means: none, the last complete one in ``folder``, or a path."""
     if resume is None or resume.lower() == "false":
         return None
-    checkpoint = resume
-    if resume.lower() == "true":
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if checkpoint is None:
-            raise InputError(f"resume_from_checkpoint: {folder} holds no checkpoint-<step> folder")
-    if not (Path(checkpoint) / "trainer_state.json").is_file():
-        raise InputError(f"resume_from_checkpoint: {checkpoint} is not a checkpoint, it holds no trainer_state.json")
-    return checkpoint
+    if resume.lower() != "true":
+        if not _is_complete(Path(resume)):
+            raise InputError(f"resume_from_checkpoint: {resume} is no complete checkpoint: no readable {STATE}")
+        return resume
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    complete = [path for path in found if _is_complete(path)]
+    if not complete:
+        raise InputError(f"resume_from_checkpoint: {folder} holds no complete checkpoint-<step> folder")
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Trainer writes its state last, so that a checkpoint whose writing was cut off has none."""
+    try:
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _run_files(folder: Path) -> list[Path]:
@@ -232,7 +243,6 @@ def _remove_run(folder: Path) -> None:
 def _evaluate(trainer: Trainer, task: Task, eval_datasets: dict[str, Any]) -> dict[str, float]:
     """Held-out metrics and, after training, those on training examples and the gap between the two."""
     metrics: dict[str, float] = {}
-    measured = []
     if trainer.args.do_train:
         count = min(len(task.train_dataset), max(map(len, eval_datasets.values())))
         rows = np.sort(np.random.default_rng(0).permutation(len(task.train_dataset))[:count])
@@ -240,12 +250,11 @@ def _evaluate(trainer: Trainer, task: Task, eval_datasets: dict[str, Any]) -> di
         metrics[f"{TRAIN_EVAL}_samples"] = count
     for suffix, dataset in eval_datasets.items():
         results = trainer.evaluate(dataset)
-        measured = [name for key in results if not (name := key.removeprefix("eval_")).startswith(SPEED)]
-        measured = [name for name in measured if name != "epoch"]
+        names = [key.removeprefix("eval_") for key in results if key != "epoch"]
         metrics |= {key if key == "epoch" else key + suffix: value for key, value in results.items()}
         metrics[f"eval_samples{suffix}"] = len(dataset)
         if trainer.args.do_train:
-            metrics |= generalization_gap(metrics, measured, suffix)
+            metrics |= generalization_gap(metrics, [name for name in names if not name.startswith(SPEED)], suffix)
     return metrics
 
 
@@ -269,7 +278,7 @@ def _predict(trainer: Trainer, task: Task, write: bool) -> dict[str, float]:
 
 
 def _write(trainer: Trainer, task: Task, metrics: dict[str, float]) -> None:
-    """Model, metrics files, learning curves and model card."""
+    """Metrics files, learning curves and model card."""
     args = trainer.args
     for split in ("train", "eval", "predict"):
         prefixes = {"eval": ("eval_", TRAIN_EVAL, "generalization_gap_")}.get(split, (f"{split}_",))
@@ -281,7 +290,6 @@ def _write(trainer: Trainer, task: Task, metrics: dict[str, float]) -> None:
             trainer.save_metrics(split, part)
     if not args.do_train:
         return
-    trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         plot_learning_curves(
