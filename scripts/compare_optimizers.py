@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from hf_dualadam import __version__
 from hf_dualadam.finetuning.config import parse, run_main
 from hf_dualadam.lab.experiment import Laboratory
 from hf_dualadam.lab.plan import PlanArguments, make_plan
@@ -26,8 +27,7 @@ from hf_dualadam.lab.queue import RunQueue, open_storage
 from hf_dualadam.lab.report import write_report, write_results
 from hf_dualadam.lab.study import Study
 
-PACKAGES = ("hf_dualadam", "torch", "transformers", "accelerate", "datasets", "optuna", "pytorch_optimizer")
-PACKAGES += ("hessian-eigenthings", "scipy", "statsmodels")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "optuna", "pytorch_optimizer", "hessian-eigenthings")
 
 
 @dataclass
@@ -49,7 +49,8 @@ def describe_study(plan, lab, argv):
         "name": plan.name,
         "question": plan.question,
         "command": shlex.join(["python", *argv]),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), "hf_dualadam": __version__}
+        | {name: version(name) for name in PACKAGES},
         "runs": plan.size(),
         "seeds": plan.seeds,
         "selection_seeds": plan.selection_seeds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .plan import CURVE_COLUMNS
 from .statistics import mean_interval
 
 MARKERS = "osD^vP*X<>"
+LINES = ("-", "--", "-.", ":")
 PANELS_PER_ROW = 3
 
 Draw = Callable[[Axes, str, pd.DataFrame], None]
@@ -40,7 +43,7 @@ def draw_all(runs: pd.DataFrame, curves: pd.DataFrame, metrics: dict[str, str], 
 
     def figure(name: str, caption: str, data: pd.DataFrame, draw: Draw, legend: bool = True) -> None:
         if not data.empty:
-            _panels(folder / name, data, draw, style.legend(set(data["optimizer"])) if legend else [])
+            _panels(folder / name, caption, data, draw, style.legend(set(data["optimizer"])) if legend else [])
             captions[name] = caption
 
     figure(
@@ -111,13 +114,20 @@ class _Style:
         colours = colormaps["tab10" if len(optimizers) <= 10 else "tab20"].colors
         self.optimizers = optimizers
         self.looks = {
-            name: {"color": colours[i % len(colours)], "marker": MARKERS[i % len(MARKERS)]}
+            name: {
+                "color": colours[i % len(colours)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "linestyle": LINES[i % len(LINES)],  # shows curves that lie on each other
+            }
             for i, name in enumerate(optimizers)
         }
 
     def legend(self, present: set[str]) -> list[Line2D]:
         """Handles for the optimizers that a figure shows."""
         return [Line2D([], [], label=name, **self.looks[name]) for name in self.optimizers if name in present]
+
+    def _dots(self, name: str) -> dict:
+        return {key: self.looks[name][key] for key in ("color", "marker")}
 
     def groups(self, data: pd.DataFrame):
         """The rows of each optimizer that has some."""
@@ -144,8 +154,8 @@ class _Style:
     def scatter(self, axes: Axes, data: pd.DataFrame) -> None:
         """Gap of the loss over the largest eigenvalue."""
         for name, rows in self.groups(data):
-            axes.scatter(rows["hessian_top_eigenvalue"], rows["gap_loss"], s=26, alpha=0.8, **self.looks[name])
-        axes.set_xscale("log")
+            axes.scatter(rows["hessian_top_eigenvalue"], rows["gap_loss"], s=26, alpha=0.8, **self._dots(name))
+        _log_x(axes)
         axes.set_xlabel("largest Hessian eigenvalue")
         axes.set_ylabel("gap of the loss [nats]")
         axes.grid(alpha=0.3)
@@ -159,7 +169,7 @@ class _Style:
             failed = list(good.index[~good])
             foot = axes.get_xaxis_transform()
             axes.plot(failed, [0.02] * len(failed), "x", color=self.looks[name]["color"], transform=foot)
-        axes.set_xscale("log")
+        _log_x(axes)
         axes.set_xlabel("learning rate")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
@@ -169,7 +179,7 @@ class _Style:
         for name, rows in self.groups(data):
             by_step = (scale * rows.set_index("budget")[column]).groupby(level=0).agg(["mean", "min", "max"])
             colour = self.looks[name]["color"]
-            axes.plot(by_step.index, by_step["mean"], linewidth=1.4, color=colour, marker=".", markersize=4)
+            axes.plot(by_step.index, by_step["mean"], linewidth=1.4, markersize=4, **self.looks[name])
             axes.fill_between(by_step.index, by_step["min"], by_step["max"], color=colour, alpha=0.15, linewidth=0)
         axes.set_yscale(yscale)
         axes.set_xlabel("training [% of the gradients]")
@@ -177,8 +187,8 @@ class _Style:
         axes.grid(alpha=0.3)
 
 
-def _panels(path: Path, data: pd.DataFrame, draw: Draw, legend: list[Line2D]) -> None:
-    """Draw one panel per task, and one legend under them all."""
+def _panels(path: Path, caption: str, data: pd.DataFrame, draw: Draw, legend: list[Line2D]) -> None:
+    """Draw one panel per task under the caption, and one legend below them all."""
     tasks = list(dict.fromkeys(data["task"]))
     columns = min(PANELS_PER_ROW, len(tasks))
     rows = math.ceil(len(tasks) / columns)
@@ -192,7 +202,17 @@ def _panels(path: Path, data: pd.DataFrame, draw: Draw, legend: list[Line2D]) ->
         axes.remove()
     if legend:
         figure.legend(handles=legend, loc="outside lower center", ncols=min(4, len(legend)), fontsize=9)
+    width = figure.get_figwidth()
+    figure.suptitle(textwrap.fill(caption, int(13 * width)), fontsize=10)
     figure.savefig(path)
+
+
+def _log_x(axes: Axes) -> None:
+    """Logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _with_budget(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
