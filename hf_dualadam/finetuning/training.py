@@ -4,7 +4,6 @@
 optimizer, learning rate and seed with other ``TrainingArguments``; the trained model and the data stay within reach.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,15 +14,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from ..checkpoints import TRAINER_STATE, checkpoint_problem, last_complete_checkpoint
 from .config import InputError
 from .plots import plot_learning_curves
 
-STATE = "trainer_state.json"
 # Prefix of the metrics measured on training examples after training. Trainer's own `train_loss` is something else: the
 # mean over all steps of the run, with dropout and augmentation on.
 TRAIN_EVAL = "train_eval"
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-RUN_FILES = ("checkpoint-*", "*_results.json", "predict_results_*.txt", STATE, "training_args.bin")
+RUN_FILES = ("checkpoint-*", "*_results.json", "predict_results_*.txt", TRAINER_STATE, "training_args.bin")
 RUN_FILES += ("model*.safetensors", "pytorch_model*.bin", "adapter_model*", "learning_curves.png")
 
 
@@ -118,7 +117,7 @@ def run(
             only what ``args.save_strategy`` asks for.
 
     Raises:
-        InputError: the output folder holds another run, or there is nothing to resume from.
+        InputError: the output folder holds another run, or there is nothing to resume from, or it is of another model.
     """
     checkpoint = check_output_dir(args, overwrite_output_dir)
     set_seed(args.seed)
@@ -135,6 +134,9 @@ def run(
         callbacks=list(callbacks),
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
     )
+    problem = checkpoint and checkpoint_problem(checkpoint, trainer.model)
+    if problem:
+        raise InputError(f"resume_from_checkpoint: {problem}")
     if overwrite_output_dir and checkpoint is None:
         with args.main_process_first(local=False):
             _remove_run(Path(args.output_dir))
@@ -212,23 +214,14 @@ def _checkpoint(resume: str | None, folder: Path) -> str | None:
     if resume is None or resume.lower() == "false":
         return None
     if resume.lower() != "true":
-        if not _is_complete(Path(resume)):
-            raise InputError(f"resume_from_checkpoint: {resume} is no complete checkpoint: no readable {STATE}")
+        problem = checkpoint_problem(resume)
+        if problem:
+            raise InputError(f"resume_from_checkpoint: {problem}")
         return resume
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    complete = [path for path in found if _is_complete(path)]
-    if not complete:
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
         raise InputError(f"resume_from_checkpoint: {folder} holds no complete checkpoint-<step> folder")
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2])))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Trainer writes its state last, so that a checkpoint whose writing was cut off has none."""
-    try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    return checkpoint
 
 
 def _run_files(folder: Path) -> list[Path]:
