@@ -11,7 +11,8 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define CHUNK 32768 /* elements that one thread takes at a time; p, g, m and v of one float32 chunk are 512 KiB */
-#define LANES 16    /* independent sums per chunk, so that the compiler can use vectors without reordering any */
+#define BLOCK 512   /* elements of half precision that are widened at a time; a multiple of LANES */
+#define LANES 16    /* parts of a sum, so that the compiler can use vectors without reordering additions */
 
 /* Instruction sets to choose from at load time, where the compiler and the C library can. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -35,6 +36,11 @@ typedef struct {
 typedef struct {
     double beta1, beta2, eps, decay, step_size, bias2_sqrt, alpha, adam_share, sign;
 } StepScalars;
+
+/* Sums of the squares of m/d and m*d, in LANES parts each. */
+typedef struct {
+    double adam_sq[LANES], inverse_sq[LANES];
+} Sums;
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 static const int64_t itemsizes[] = {4, 8, 2, 2};
@@ -62,9 +68,8 @@ static INLINE float from_bfloat16(uint16_t x)
 
 static INLINE uint16_t to_bfloat16(float x)
 {
-    const uint32_t bits = as_bits(x);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded); /* NaN must not round to infinity */
+    const uint32_t bits = as_bits(x); /* NaN stays NaN: what comes from arithmetic on bfloat16 has its low bits unset */
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 static INLINE float from_float16(uint16_t x)
@@ -86,69 +91,122 @@ static INLINE uint16_t to_float16(float x)
     return (uint16_t)(sign | (magnitude >= 0x477ff000 ? infinite : finite)); /* 65520 and more round to infinity */
 }
 
-/* ---- the formula, once per dtype ---- */
+/* ---- the formula, in float and in double ---- */
 
-#define SAME(x) (x)
-
-#define NAME(function) function##_float32
-#define PARAM float
-#define STATE float
+#define NAME(function) function##_float
 #define REAL float
-#define FROM_PARAM SAME
-#define TO_PARAM SAME
-#define FROM_STATE SAME
-#define TO_STATE SAME
 #define SQRT sqrtf
 #include "formula.h"
-
 #undef NAME
-#undef PARAM
-#undef FROM_PARAM
-#undef TO_PARAM
-#define NAME(function) function##_float16
-#define PARAM uint16_t
-#define FROM_PARAM from_float16
-#define TO_PARAM to_float16
-#include "formula.h"
-
-#undef NAME
-#undef FROM_PARAM
-#undef TO_PARAM
-#undef STATE
-#undef FROM_STATE
-#undef TO_STATE
-#define NAME(function) function##_bfloat16
-#define FROM_PARAM from_bfloat16
-#define TO_PARAM to_bfloat16
-#define STATE uint16_t
-#define FROM_STATE from_bfloat16
-#define TO_STATE to_bfloat16
-#include "formula.h"
-
-#undef NAME
-#undef PARAM
-#undef STATE
 #undef REAL
-#undef FROM_PARAM
-#undef TO_PARAM
-#undef FROM_STATE
-#undef TO_STATE
 #undef SQRT
-#define NAME(function) function##_float64
-#define PARAM double
-#define STATE double
+
+#define NAME(function) function##_double
 #define REAL double
-#define FROM_PARAM SAME
-#define TO_PARAM SAME
-#define FROM_STATE SAME
-#define TO_STATE SAME
 #define SQRT sqrt
 #include "formula.h"
 
-typedef void (*Update)(const Tensor *, int64_t begin, int64_t end, const StepScalars *);
-typedef void (*Norms)(const Tensor *, int64_t begin, int64_t end, const StepScalars *, double sums[2]);
-static const Update updates[] = {update_float32, update_float64, update_bfloat16, update_float16};
-static const Norms norms[] = {norms_float32, norms_float64, norms_bfloat16, norms_float16};
+/* ---- the elements [begin, end) of a tensor, per dtype ---- */
+
+static CLONES void update_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
+{
+    update_float((float *)t->param + begin, (float *)t->grad + begin, (float *)t->exp_avg + begin,
+                 (float *)t->exp_avg_sq + begin, end - begin, s);
+}
+
+static CLONES void norms_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, Sums *sums)
+{
+    for (int64_t n; begin < end; begin += n) {
+        n = end - begin < BLOCK ? end - begin : BLOCK;
+        norms_float((float *)t->grad + begin, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, sums);
+    }
+}
+
+static CLONES void update_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
+{
+    update_double((double *)t->param + begin, (double *)t->grad + begin, (double *)t->exp_avg + begin,
+                  (double *)t->exp_avg_sq + begin, end - begin, s);
+}
+
+static CLONES void norms_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, Sums *sums)
+{
+    for (int64_t n; begin < end; begin += n) {
+        n = end - begin < BLOCK ? end - begin : BLOCK;
+        norms_double((double *)t->grad + begin, (double *)t->exp_avg + begin, (double *)t->exp_avg_sq + begin, n, s,
+                     sums);
+    }
+}
+
+/* Half precision is widened to float a block at a time; the blocks stay in the first-level cache. */
+
+static INLINE void widen(float *restrict to, const void *from, int64_t begin, int64_t n, int bfloat16)
+{
+    const uint16_t *restrict half = (const uint16_t *)from + begin;
+    for (int64_t i = 0; i < n; i++)
+        to[i] = bfloat16 ? from_bfloat16(half[i]) : from_float16(half[i]);
+}
+
+static INLINE void narrow(void *to, const float *restrict from, int64_t begin, int64_t n, int bfloat16)
+{
+    uint16_t *restrict half = (uint16_t *)to + begin;
+    for (int64_t i = 0; i < n; i++)
+        half[i] = bfloat16 ? to_bfloat16(from[i]) : to_float16(from[i]);
+}
+
+static CLONES void update_bfloat16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
+{
+    float param[BLOCK], grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
+    for (int64_t n; begin < end; begin += n) {
+        n = end - begin < BLOCK ? end - begin : BLOCK;
+        widen(param, t->param, begin, n, 1);
+        widen(grad, t->grad, begin, n, 1);
+        widen(exp_avg, t->exp_avg, begin, n, 1);
+        widen(exp_avg_sq, t->exp_avg_sq, begin, n, 1);
+        update_float(param, grad, exp_avg, exp_avg_sq, n, s);
+        narrow(t->param, param, begin, n, 1);
+        narrow(t->exp_avg, exp_avg, begin, n, 1);
+        narrow(t->exp_avg_sq, exp_avg_sq, begin, n, 1);
+    }
+}
+
+static CLONES void norms_bfloat16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, Sums *sums)
+{
+    float grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
+    for (int64_t n; begin < end; begin += n) {
+        n = end - begin < BLOCK ? end - begin : BLOCK;
+        widen(grad, t->grad, begin, n, 1);
+        widen(exp_avg, t->exp_avg, begin, n, 1);
+        widen(exp_avg_sq, t->exp_avg_sq, begin, n, 1);
+        norms_float(grad, exp_avg, exp_avg_sq, n, s, sums);
+    }
+}
+
+static CLONES void update_float16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
+{
+    float param[BLOCK], grad[BLOCK];
+    for (int64_t n; begin < end; begin += n) {
+        n = end - begin < BLOCK ? end - begin : BLOCK;
+        widen(param, t->param, begin, n, 0);
+        widen(grad, t->grad, begin, n, 0);
+        update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s);
+        narrow(t->param, param, begin, n, 0);
+    }
+}
+
+static CLONES void norms_float16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, Sums *sums)
+{
+    float grad[BLOCK];
+    for (int64_t n; begin < end; begin += n) {
+        n = end - begin < BLOCK ? end - begin : BLOCK;
+        widen(grad, t->grad, begin, n, 0);
+        norms_float(grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, sums);
+    }
+}
+
+static void (*const updates[])(const Tensor *, int64_t, int64_t, const StepScalars *) = {
+    update_float32, update_float64, update_bfloat16, update_float16};
+static void (*const norms[])(const Tensor *, int64_t, int64_t, const StepScalars *, Sums *) = {
+    norms_float32, norms_float64, norms_bfloat16, norms_float16};
 
 /* ---- scalars of a step, as functional.step_scalars ---- */
 
@@ -182,7 +240,7 @@ typedef struct {
     int64_t first_task;    /* see work() */
     int64_t norms;         /* chunks whose norms are to be measured before the update: all or none */
     int64_t pending_norms; /* those of them that are still to be done; -1 once norm_ratio is known */
-    double (*sums)[2];     /* one pair per measured chunk */
+    double (*sums)[2];     /* one pair per measured chunk: squares of m/d and of m*d */
     double norm_ratio;     /* scale of the inverse update: 1 unless it is normalized */
 } Plan;
 
@@ -210,6 +268,15 @@ static int64_t plan_of_task(const Job *job, int64_t task)
             high = middle;
     }
     return low;
+}
+
+static void add_up(const Sums *parts, double sums[2])
+{
+    sums[0] = sums[1] = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        sums[0] += parts->adam_sq[lane];
+        sums[1] += parts->inverse_sq[lane];
+    }
 }
 
 /* Counts one chunk's norms as done. The last one works out the ratio, adding up in the order of the chunks. */
@@ -249,7 +316,9 @@ static void work(void *data)
             scalars = step_scalars(step, &job->groups[group]);
         }
         if (measure) {
-            norms[t->dtype](t, begin, end, &scalars, plan->sums[chunk]);
+            Sums sums = {{0}, {0}};
+            norms[t->dtype](t, begin, end, &scalars, &sums);
+            add_up(&sums, plan->sums[chunk]);
             finish_norms(plan);
         } else {
             while (plan->norms && __atomic_load_n(&plan->pending_norms, __ATOMIC_ACQUIRE) >= 0)
