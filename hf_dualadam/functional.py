@@ -199,5 +199,5 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _norm_ratio(adam_norm: Tensor, inverse_norm: Tensor) -> Tensor:
-    """Factor that gives the inverse update the size of Adam's; 0 where there is no inverse update."""
-    return torch.where(inverse_norm > 0, adam_norm / inverse_norm, 0.0)
+    """Factor that gives the inverse update the size of Adam's; 0 where there is no inverse update, NaN stays NaN."""
+    return torch.where(inverse_norm == 0, 0.0, adam_norm / inverse_norm)

@@ -36,7 +36,7 @@ def main(argv=None):
     )
     check_output_dir(args, run_args.overwrite_output_dir)
     task, trainer_cls = clm.build(clm_args, model_args, trl_args, args, splits_needed(args))
-    finished = run(task, args, trainer_cls=trainer_cls, overwrite_output_dir=run_args.overwrite_output_dir)
+    finished = run(task, args, trainer_cls=trainer_cls, **run_args.options())
     clm.write_unigram_perplexity(finished)
     for sample in clm.generate_samples(finished, clm_args):
         print(f"--- {sample['prompt']} [...]\n{sample['generated']}")

@@ -31,7 +31,7 @@ def main(argv=None):
     check_output_dir(args, run_args.overwrite_output_dir)
     half = args.fp16 or args.bf16
     task = glue.build(glue_args, model_args, splits=splits_needed(args), pad_to_multiple_of=8 if half else None)
-    finished = run(task, args, overwrite_output_dir=run_args.overwrite_output_dir)
+    finished = run(task, args, **run_args.options())
     print(summary(finished))
     return finished
 

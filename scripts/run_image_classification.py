@@ -30,7 +30,7 @@ def main(argv=None):
     )
     check_output_dir(args, run_args.overwrite_output_dir)
     task = images.build(image_args, model_args, splits=splits_needed(args))
-    finished = run(task, args, overwrite_output_dir=run_args.overwrite_output_dir)
+    finished = run(task, args, **run_args.options())
     print(summary(finished))
     return finished
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..checkpoints import TRAINER_STATE, checkpoint_problem, last_complete_checkpoint
+from ..nonfinite import StopOnNonFinite
 from .config import InputError
 from .plots import plot_learning_curves
 
@@ -72,6 +73,15 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the run that output_dir holds; without it such a folder is refused."}
     )
+    stop_on_nonfinite: bool = field(
+        default=False,
+        metadata={"help": "Stop before a step whose gradient is not finite, and name the parameters; not with fp16."},
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`run` that they stand for."""
+        callbacks = [StopOnNonFinite()] if self.stop_on_nonfinite else []
+        return {"overwrite_output_dir": self.overwrite_output_dir, "callbacks": callbacks}
 
 
 @dataclass
