@@ -1,26 +1,21 @@
 """scripts/escape_time.py: escape times follow the theory's slopes, and bad arguments are refused."""
 
 import csv
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from tiny import load_script
 
 from hf_dualadam import DualAdam, escape
 
-ROOT = Path(__file__).parents[1]
 THEORY = {"sgd": -1.0, "adam": -0.5, "invadam": -1.5, "dualadam": -1.0}
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("escape_time", ROOT / "scripts" / "escape_time.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("escape_time")
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,8 @@ def build(
         InputError: something given cannot be used.
     """
     _check_model_arguments(model_args, trl_args)
-    datasets = load_examples(args, set(splits), sft_args.dataset_text_field)
+    from_hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    datasets = load_examples(args, set(splits), sft_args.dataset_text_field, **from_hub)
     tokenizer = load_tokenizer(args, model_args, datasets.get("train"))
     changes = {}
     if model_args.model_config:
@@ -174,18 +175,19 @@ def build(
     return task, partial(PerplexityTrainer, peft_config=get_peft_config(trl_args))
 
 
-def load_examples(args: ClmArguments, splits: set[str], text_column: str) -> dict[str, Dataset]:
+def load_examples(args: ClmArguments, splits: set[str], text_column: str, **kwargs: Any) -> dict[str, Dataset]:
     """Examples by split, with the columns that TRL wants and no others.
 
     Args:
         args: the source; a .txt file holds texts separated by blank lines.
         splits: "train", "validation"; a validation split that the source lacks is carved out of the training examples.
         text_column: name of the column with plain texts, which TRL looks for last.
+        kwargs: for ``datasets.load_dataset``.
 
     Raises:
         InputError: there is no such split, or no known set of columns, or something in them is not text.
     """
-    tables = _load_tables(args, splits | {"train"})
+    tables = _load_tables(args, splits | {"train"}, **kwargs)
     if "train" not in tables and "train" in splits:
         raise InputError(data.missing_split(args, "train"))
     examples = {split: _examples(table, text_column) for split, table in tables.items()}
@@ -209,7 +211,7 @@ def load_tokenizer(
     """The named tokenizer, the model's, or a new one.
 
     Raises:
-        InputError: there is none, it cannot be loaded or has no end-of-text token, or a new one has nothing to train on.
+        InputError: there is none, it cannot be loaded, it has no end-of-text token, or nothing to train on is there.
     """
     if args.new_tokenizer_size:
         if train_dataset is None or not all(isinstance(value, str) for value in train_dataset[0].values()):
@@ -308,10 +310,10 @@ def _check_model_arguments(model_args: ModelArguments, trl_args: ModelConfig) ->
             raise InputError(f"{option}: needs the package {package}: pip install {package}")
 
 
-def _load_tables(args: ClmArguments, splits: set[str]) -> dict[str, Table]:
+def _load_tables(args: ClmArguments, splits: set[str], **kwargs: Any) -> dict[str, Table]:
     text_files = {split: path for split, path in args.files.items() if Path(path).suffix.lower() == ".txt"}
     if not text_files:
-        return data.load_tables(args, splits, ("", None))
+        return data.load_tables(args, splits, ("", None), **kwargs)
     if len(text_files) < len(args.files):
         raise InputError("train_file and validation_file: both should be .txt files, or neither")
     return {split: _read_text(Path(path)) for split, path in text_files.items() if split in splits}
