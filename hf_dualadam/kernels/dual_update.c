@@ -68,7 +68,7 @@ static INLINE float from_bfloat16(uint16_t x)
 
 static INLINE uint16_t to_bfloat16(float x)
 {
-    const uint32_t bits = as_bits(x); /* NaN stays NaN: what comes from arithmetic on bfloat16 has its low bits unset */
+    const uint32_t bits = as_bits(x); /* NaN stays NaN: from arithmetic on bfloat16, its low bits are 0 */
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
@@ -289,7 +289,7 @@ static void finish_norms(Plan *plan)
         adam_sq += plan->sums[chunk][0];
         inverse_sq += plan->sums[chunk][1];
     }
-    plan->norm_ratio = inverse_sq > 0 ? sqrt(adam_sq / inverse_sq) : 0;
+    plan->norm_ratio = inverse_sq != 0 ? sqrt(adam_sq / inverse_sq) : 0; /* NaN stays NaN */
     __atomic_store_n(&plan->pending_norms, -1, __ATOMIC_RELEASE);
 }
 

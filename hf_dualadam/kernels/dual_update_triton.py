@@ -93,9 +93,9 @@ def _update(
     params = _elements(tensor, PARAM, param_dtype, i, aligned)
     param = tl.load(params, inside).to(real) * decay  # theta <- theta * (1 - eta*lambda)
     exp_avg, exp_avg_sq, denom = _moments(tensor, s, i, inside, param_dtype, state_dtype, real, aligned)  # m, v, d
-    update = exp_avg / denom  # m/d
-    blend = adam_share * update + alpha * (exp_avg * denom)  # (1-alpha) * m/d + alpha * m*d
-    update = tl.where(alpha != 0, blend, update)  # after the switch, m*d may overflow
+    update = adam_share * (exp_avg / denom)  # (1-alpha) * m/d
+    inverse = alpha * (exp_avg * denom)  # alpha * m*d
+    update += tl.where(tl.load(s + ALPHA) != 0, inverse, 0)  # after the switch, m*d may overflow
     param -= step_size * update  # theta <- theta - eta/(1-beta1^t) * update
     tl.store(params, param.to(param_dtype), inside)
     tl.store(_elements(tensor, EXP_AVG, state_dtype, i, aligned), exp_avg.to(state_dtype), inside)
@@ -191,7 +191,7 @@ def norm_ratios_kernel(tensors, scalars, sums, norm_ratios):
             adam_sq += tl.load(pairs + 2 * chunk, chunk < n_chunks, other=0)
             inverse_sq += tl.load(pairs + 2 * chunk + 1, chunk < n_chunks, other=0)
         inverse_sum = tl.sum(inverse_sq)
-        ratio = tl.where(inverse_sum > 0, tl.sqrt(tl.sum(adam_sq) / inverse_sum), 0.0)
+        ratio = tl.where(inverse_sum == 0, 0.0, tl.sqrt(tl.sum(adam_sq) / inverse_sum))  # NaN stays NaN
     tl.store(norm_ratios + tl.program_id(0), ratio)
 
 

@@ -23,14 +23,15 @@ static INLINE void NAME(update)(REAL *restrict params, const REAL *restrict grad
     const StepScalars s = *scalars;
     const REAL decay = (REAL)s.decay, step_size = (REAL)s.step_size;
     const REAL alpha = (REAL)s.alpha, adam_share = (REAL)s.adam_share;
+    const int blend = s.adam_share != 1; /* before the switch; alpha here is times norm_ratio, which may be 0 */
     for (int64_t i = 0; i < n; i++) {
         REAL param = params[i], exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
-        param *= decay;                                                           /* theta <- theta * (1 - eta*lambda) */
-        const REAL denom = NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);    /* m, v, d */
-        REAL update = exp_avg / denom;                                            /* m/d */
-        if (alpha != 0)                                                           /* after the switch, m*d may overflow */
-            update = adam_share * update + alpha * (exp_avg * denom);             /* (1-alpha) * m/d + alpha * m*d */
-        param -= step_size * update;                                              /* theta <- theta - eta/(1-beta1^t) * update */
+        param *= decay;                                                         /* theta <- theta * (1 - eta*lambda) */
+        const REAL denom = NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);  /* m, v, d */
+        REAL update = adam_share * (exp_avg / denom);                           /* (1-alpha) * m/d */
+        if (blend)                                                              /* m*d may overflow after the switch */
+            update += alpha * (exp_avg * denom);                                /* + alpha * m*d */
+        param -= step_size * update;              /* theta <- theta - eta/(1-beta1^t) * update */
         params[i] = param;
         exp_avgs[i] = exp_avg;
         exp_avg_sqs[i] = exp_avg_sq;
