@@ -42,8 +42,7 @@ class Case:
     """Groups of tensors with their options, and what happens to them in order."""
 
     cls: type
-    dtype: torch.dtype
-    groups: list[dict]  # the options of each, and "tensors": their values and layouts
+    groups: list[dict]  # the options of each, "dtype", and "tensors": their shapes and layouts
     events: list[tuple] = field(default_factory=list)
 
 
@@ -58,13 +57,13 @@ options = st.fixed_dictionaries(
         "switch_rate": st.one_of(st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.floats(0.01, 0.5)),
         "normalize_inverse": st.booleans(),
         "maximize": st.booleans(),
+        "dtype": st.sampled_from(list(ROUNDING)),
     }
 )
 
 
 @st.composite
 def cases(draw):
-    dtype = draw(st.sampled_from(list(ROUNDING)))
     groups = [
         {**draw(options), "tensors": draw(st.lists(st.tuples(shapes, layouts), min_size=1, max_size=3))}
         for _ in range(draw(st.integers(1, 3)))
@@ -80,7 +79,7 @@ def cases(draw):
     )
     others = st.sampled_from([("reload",), ("deepcopy",), ("change_path",), ("train_later",)])
     events = draw(st.lists(st.one_of(steps, steps, others), min_size=1, max_size=8))
-    return Case(draw(st.sampled_from([DualAdam, DualAdam, InvAdam])), dtype, groups, events)
+    return Case(draw(st.sampled_from([DualAdam, DualAdam, InvAdam])), groups, events)
 
 
 def _laid_out(values, layout):
@@ -101,7 +100,7 @@ def _gradient(shape, seed, scale, layout, dtype):
 
 def _arguments(case, group):
     """What the class takes of a group's options."""
-    left_out = {"tensors"} | ({"switch_rate"} if case.cls is InvAdam else set())
+    left_out = {"tensors", "dtype"} | ({"switch_rate"} if case.cls is InvAdam else set())
     return {name: value for name, value in group.items() if name not in left_out}
 
 
@@ -119,7 +118,7 @@ def _run(case, path):
     generator = torch.Generator().manual_seed(len(case.events))
     starts = [
         [
-            _laid_out(torch.randn(shape, generator=generator).to(case.dtype), layout)
+            _laid_out(torch.randn(shape, generator=generator).to(group["dtype"]), layout)
             for shape, layout in group["tensors"]
         ]
         for group in case.groups
@@ -134,7 +133,7 @@ def _run(case, path):
             for index, (param, has_gradient) in enumerate(zip(flat, mask)):
                 param.grad = None
                 if has_gradient and param.requires_grad:
-                    param.grad = _gradient(param.shape, seed + index, scale, layout, case.dtype)
+                    param.grad = _gradient(param.shape, seed + index, scale, layout, param.dtype)
                     grads[index].append(param.grad.double())
             given = [None if param.grad is None else param.grad.clone() for param in flat]
             optimizer.step()
@@ -188,10 +187,10 @@ def test_every_path_follows_the_paper(case):
             places = _reference(case, group, start, seen)
             if places.numel():
                 moved = places.diff(dim=0).abs().amax() if len(seen) else 0.0
-                half = case.dtype in (torch.bfloat16, torch.float16)
-                tolerance = (len(seen) + 1) * ROUNDING[case.dtype] * (places.abs().amax() + 8 * moved * half)
+                half = group["dtype"] in (torch.bfloat16, torch.float16)
+                tolerance = (len(seen) + 1) * ROUNDING[group["dtype"]] * (places.abs().amax() + 8 * moved * half)
                 distance = (end.detach().double().flatten() - places[-1]).abs().amax()
                 assert distance <= tolerance, f"{path}: {distance} away, {tolerance} allowed"
             state = optimizer.state.get(end, {})
             assert (state["step"].item() if state else 0) == len(seen)
-            assert end.stride() == torch.nn.Parameter(start.clone()).stride() and end.dtype == case.dtype
+            assert end.stride() == torch.nn.Parameter(start.clone()).stride() and end.dtype == group["dtype"]
