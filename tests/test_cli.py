@@ -94,6 +94,25 @@ if __name__ == "__main__":
     main()
 """
 
+# The same for a module; the optimizers are looked for without importing what would take seconds.
+SPAWNING_TOOL = """
+import multiprocessing
+import sys
+
+
+def in_child(queue):
+    queue.put((__name__, __package__, "hf_dualadam.trainer" in sys.modules))
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=in_child, args=(queue,))
+    process.start()
+    print(*queue.get(timeout=200))
+    process.join()
+"""
+
 
 def run(command, cwd):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -115,6 +134,48 @@ def test_console_command_shows_a_script_what_plain_python_shows_it(tmp_path):
     plain = run([sys.executable, *command], tmp_path)
     assert "at exit True True" in plain.stdout and plain.returncode == 1
     assert_same(run([sys.executable, str(console), *command], tmp_path), plain)
+
+
+# Ways to end other than by an error, and an error that is not the main thread's.
+ENDINGS = {
+    "text.py": "import sys\nsys.exit('no data')",
+    "none.py": "import sys\nsys.exit()",
+    # With Transformers, whose exit handlers change this status for every script that imports it.
+    "interrupt.py": "from transformers import TrainingArguments\nraise KeyboardInterrupt",
+    "at_once.py": "import os\nos._exit(9)",
+    "thread.py": "import threading\nthreading.Thread(target=lambda: 1 / 0, name='worker').start()",
+    "group.py": "class Stop(BaseException):\n    pass\n\n\nraise Stop('here') from KeyError('why')",
+}
+# The package is imported once; each script then runs in a process of its own, which ends as its script does.
+RUN_EACH = """
+import os
+import sys
+
+from hf_dualadam import cli
+
+for script in sys.argv[1:]:
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        file = os.open(script + ".err", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 2)
+        cli.main([script])
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_way_to_end_is_plain_pythons(tmp_path):
+    for name, code in ENDINGS.items():
+        (tmp_path / name).write_text(code + "\n")
+    (tmp_path / "run_each.py").write_text(RUN_EACH)
+    ours = run([sys.executable, "run_each.py", *ENDINGS], tmp_path)
+    statuses = [int(line) for line in ours.stdout.split()]
+    for name, status in zip(ENDINGS, statuses, strict=True):
+        plain = run([sys.executable, name], tmp_path)
+        assert ((tmp_path / f"{name}.err").read_text(), status) == (plain.stderr, plain.returncode), name
+    assert {0, 1, 9} <= set(statuses)
 
 
 def test_module_target_behaves_as_with_python_m(tmp_path):
@@ -152,6 +213,14 @@ def test_trainer_script_takes_optim_dualadam_under_accelerate_launch(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "trained with DualAdam for 3 steps" in result.stdout
     assert "child: __mp_main__ True invadam" in result.stdout
+
+
+def test_processes_spawned_by_a_module_target_know_the_optimizers(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    (tmp_path / "package" / "tool.py").write_text(SPAWNING_TOOL)
+    result = run([*LAUNCHER, "-m", "package.tool"], tmp_path)
+    assert result.stdout.split() == ["__mp_main__", "package", "True"], result.stderr
 
 
 def test_env_prints_versions_paths_and_kernels(capsys):
