@@ -166,7 +166,7 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
         return cls(**known)
     except InputError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # TrainingArguments looks up names, opens files, converts numbers: many kinds
         raise InputError(f"{error}") from error
 
 
@@ -213,10 +213,10 @@ def _bridge_versions(values: dict[str, Any], hints: dict[str, Any]) -> dict[str,
 
 def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as YAML: {error}") from error
     if values is None:
         return {}
@@ -226,6 +226,13 @@ def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
         if key not in hints:
             raise InputError(f"{path}: {_unknown(str(key), hints)}")
     return values
+
+
+def _load_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except Exception as error:  # besides YAMLError, many kinds: `!!float ""` is an IndexError, [[[[... a RecursionError
+        raise ValueError(str(error)) from error
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -287,8 +294,8 @@ def _structured(convert: Callable[[str], Any] | None) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if text.lstrip()[:1] in ("{", "["):
             try:
-                return yaml.load(text, Loader=_UniqueKeyLoader)
-            except yaml.YAMLError as error:
+                return _load_yaml(text)
+            except ValueError as error:
                 raise argparse.ArgumentTypeError(f"{text!r} is not readable as YAML: {error}") from error
         return convert(text) if isinstance(convert, types.FunctionType | type) else text
 
