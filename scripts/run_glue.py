@@ -17,7 +17,7 @@ from hf_dualadam.finetuning.training import RunArguments, check_output_dir, run,
 
 
 def defaults(given):
-    values = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "learning_rate": 1.0e-4}
+    values = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 64, "learning_rate": 1.0e-4}
     return training_defaults(given) | values | {"output_dir": f"outputs/{given.get('task_name', 'glue')}"}
 
 

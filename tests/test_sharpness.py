@@ -1,7 +1,10 @@
 """Sharpness figures equal those of the explicitly built Hessian of a small Hugging Face model."""
 
 import copy
+import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,13 @@ import torch
 pytest.importorskip("hessian_eigenthings")
 
 from torch.func import functional_call
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
+from hf_dualadam.finetuning.config import InputError
 from hf_dualadam.lab.sharpness import loss_slice, measure_sharpness
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import measure_sharpness as measure_saved_sharpness
 
 RHO = 0.1
 
@@ -116,3 +123,27 @@ def test_bad_arguments_are_named(model, batches):
         measure_sharpness(model, batches, rho=0)
     with pytest.raises(ValueError, match="Invalid lanczos_steps: 0"):
         measure_sharpness(model, batches, lanczos_steps=0)
+
+
+def test_a_saved_model_is_measured_and_drawn(tmp_path, capsys):
+    config = ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, num_labels=10,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    options = "--script image_classification --dataset_name embedded/digits --max_train_samples 20 --examples 10"
+    options += " --lanczos_steps 2 --trace_samples 1"
+    measure_saved_sharpness.main([str(tmp_path / "model"), *options.split()])
+    figures = json.loads((tmp_path / "model" / "sharpness.json").read_text())
+    assert figures["examples"] == 10 and figures["hessian_top_eigenvalue"] > 0
+    middle = len(figures["distances"]) // 2
+    for losses in figures["slice"].values():
+        assert math.isclose(losses[middle], figures["loss"], rel_tol=1e-5)
+    assert (tmp_path / "model" / "loss_slice.png").stat().st_size > 5000
+    assert "hessian_top_eigenvalue" in capsys.readouterr().out
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(InputError, match="CHECKPOINT: .*nowhere - should be the folder of a saved model"):
+        measure_saved_sharpness.main([str(tmp_path / "nowhere"), "--task_name", "sst2"])

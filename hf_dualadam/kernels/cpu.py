@@ -84,6 +84,7 @@ def update(batches: Batches) -> Batches:
         return left
     if load() is None:
         return batches
+    taken.reverse()  # gradient clipping went from first to last: the last gradients are still in the cache
     rows, params = array("q"), []
     for index, item, row in taken:
         rows.extend((*row, index))

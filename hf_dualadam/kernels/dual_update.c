@@ -11,8 +11,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define CHUNK 32768 /* elements that one thread takes at a time; p, g, m and v of one float32 chunk are 512 KiB */
-#define BLOCK 512   /* elements of half precision that are widened at a time; a multiple of LANES */
-#define LANES 16    /* parts of a sum, so that the compiler can use vectors without reordering additions */
+#define BLOCK 512   /* elements that are widened from half precision, or summed up, at a time; a power of two */
 
 /* Instruction sets to choose from at load time, where the compiler and the C library can. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -36,11 +35,6 @@ typedef struct {
 typedef struct {
     double beta1, beta2, eps, decay, step_size, bias2_sqrt, alpha, adam_share, sign;
 } StepScalars;
-
-/* Sums of the squares of m/d and m*d, in LANES parts each. */
-typedef struct {
-    double adam_sq[LANES], inverse_sq[LANES];
-} Sums;
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 static const int64_t itemsizes[] = {4, 8, 2, 2};
@@ -114,7 +108,7 @@ static CLONES void update_float32(const Tensor *t, int64_t begin, int64_t end, c
                  (float *)t->exp_avg_sq + begin, end - begin, s);
 }
 
-static CLONES void norms_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, Sums *sums)
+static CLONES void norms_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
 {
     for (int64_t n; begin < end; begin += n) {
         n = end - begin < BLOCK ? end - begin : BLOCK;
@@ -128,7 +122,7 @@ static CLONES void update_float64(const Tensor *t, int64_t begin, int64_t end, c
                   (double *)t->exp_avg_sq + begin, end - begin, s);
 }
 
-static CLONES void norms_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, Sums *sums)
+static CLONES void norms_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
 {
     for (int64_t n; begin < end; begin += n) {
         n = end - begin < BLOCK ? end - begin : BLOCK;
@@ -169,7 +163,7 @@ static CLONES void update_bfloat16(const Tensor *t, int64_t begin, int64_t end, 
     }
 }
 
-static CLONES void norms_bfloat16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, Sums *sums)
+static CLONES void norms_bfloat16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
 {
     float grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
     for (int64_t n; begin < end; begin += n) {
@@ -193,7 +187,7 @@ static CLONES void update_float16(const Tensor *t, int64_t begin, int64_t end, c
     }
 }
 
-static CLONES void norms_float16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, Sums *sums)
+static CLONES void norms_float16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
 {
     float grad[BLOCK];
     for (int64_t n; begin < end; begin += n) {
@@ -205,7 +199,7 @@ static CLONES void norms_float16(const Tensor *t, int64_t begin, int64_t end, co
 
 static void (*const updates[])(const Tensor *, int64_t, int64_t, const StepScalars *) = {
     update_float32, update_float64, update_bfloat16, update_float16};
-static void (*const norms[])(const Tensor *, int64_t, int64_t, const StepScalars *, Sums *) = {
+static void (*const norms[])(const Tensor *, int64_t, int64_t, const StepScalars *, double *) = {
     norms_float32, norms_float64, norms_bfloat16, norms_float16};
 
 /* ---- scalars of a step, as functional.step_scalars ---- */
@@ -270,15 +264,6 @@ static int64_t plan_of_task(const Job *job, int64_t task)
     return low;
 }
 
-static void add_up(const Sums *parts, double sums[2])
-{
-    sums[0] = sums[1] = 0;
-    for (int lane = 0; lane < LANES; lane++) {
-        sums[0] += parts->adam_sq[lane];
-        sums[1] += parts->inverse_sq[lane];
-    }
-}
-
 /* Counts one chunk's norms as done. The last one works out the ratio, adding up in the order of the chunks. */
 static void finish_norms(Plan *plan)
 {
@@ -316,9 +301,8 @@ static void work(void *data)
             scalars = step_scalars(step, &job->groups[group]);
         }
         if (measure) {
-            Sums sums = {{0}, {0}};
-            norms[t->dtype](t, begin, end, &scalars, &sums);
-            add_up(&sums, plan->sums[chunk]);
+            plan->sums[chunk][0] = plan->sums[chunk][1] = 0;
+            norms[t->dtype](t, begin, end, &scalars, plan->sums[chunk]);
             finish_norms(plan);
         } else {
             while (plan->norms && __atomic_load_n(&plan->pending_norms, __ATOMIC_ACQUIRE) >= 0)

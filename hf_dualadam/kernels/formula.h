@@ -38,10 +38,27 @@ static INLINE void NAME(update)(REAL *restrict params, const REAL *restrict grad
     }
 }
 
-/* Adds the squares of m/d and m*d of n <= BLOCK elements, as the coming update will have them. The order of the
- * additions is the same for every instruction set and number of threads. */
+/* The sum of the squares of BLOCK elements, added up in pairs: vectors are used, and the order of the additions is the
+ * same for every instruction set and number of threads. */
+static INLINE double NAME(sum_of_squares)(const REAL *restrict values)
+{
+    double parts[BLOCK / 2];
+    for (int i = 0; i < BLOCK / 2; i++) {
+        const double first = values[i], second = values[i + BLOCK / 2];
+        parts[i] = first * first + second * second;
+    }
+    for (int half = BLOCK / 4; half > 0; half /= 2) {
+#pragma GCC ivdep
+        for (int i = 0; i < half; i++)
+            parts[i] += parts[i + half];
+    }
+    return parts[0];
+}
+
+/* Adds the squares of m/d and of m*d of n <= BLOCK elements, as the coming update will have them. */
 static INLINE void NAME(norms)(const REAL *restrict grads, const REAL *restrict exp_avgs,
-                               const REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars, Sums *sums)
+                               const REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars,
+                               double sums[2])
 {
     const StepScalars s = *scalars;
     REAL adam[BLOCK], inverse[BLOCK];
@@ -51,16 +68,8 @@ static INLINE void NAME(norms)(const REAL *restrict grads, const REAL *restrict 
         adam[i] = exp_avg / denom;
         inverse[i] = exp_avg * denom;
     }
-    for (; n % LANES; n++)
+    for (; n < BLOCK; n++)
         adam[n] = inverse[n] = 0;
-    double adam_sq[LANES], inverse_sq[LANES];
-    memcpy(adam_sq, sums->adam_sq, sizeof adam_sq);
-    memcpy(inverse_sq, sums->inverse_sq, sizeof inverse_sq);
-    for (int64_t i = 0; i < n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) {
-            adam_sq[lane] += (double)adam[i + lane] * adam[i + lane];
-            inverse_sq[lane] += (double)inverse[i + lane] * inverse[i + lane];
-        }
-    memcpy(sums->adam_sq, adam_sq, sizeof adam_sq);
-    memcpy(sums->inverse_sq, inverse_sq, sizeof inverse_sq);
+    sums[0] += NAME(sum_of_squares)(adam);
+    sums[1] += NAME(sum_of_squares)(inverse);
 }

@@ -1,0 +1,348 @@
+"""How long does a step of each optimizer take? Interleaved, on one machine, as a table and as JSON.
+
+    python scripts/benchmark_step.py --shapes minilm
+    python scripts/benchmark_step.py --shapes bert-base --device cuda --dtype bfloat16 --json step.json
+    python scripts/benchmark_step.py --shapes path/to/config.json --threads 1
+    python scripts/benchmark_step.py --scaling scaling.png --json scaling.json
+
+In every round each optimizer takes one step, and a large tensor is copied; a ratio is the median, over the rounds, of
+the ratio to fused AdamW's time in the same round. All work on the same parameters, gradients and moments.
+
+- params/s: parameters updated per second, at the median time.
+- bandwidth: the bytes that a step cannot avoid (read p, g, m, v; write p, m, v) per second, and its share of what the
+  copy reaches, reading and writing.
+- memory: how far a step goes above what is allocated before it.
+- first step: includes making the moments, and loading or compiling a kernel.
+
+An optimizer whose temporary tensors would not fit into memory is left out, and named.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hf_dualadam
+from hf_dualadam import DualAdam
+
+MODELS = {  # the shapes of a model come from its configuration; no weights are made
+    "minilm": ("bert", {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}),
+    "bert-base": ("bert", {}),
+    "1b": ("llama", {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 7424, "vocab_size": 32000}),
+}
+LISTS = {"many-small": [(1000,)] * 2000, "one-large": [(100_000_000,)]}
+SCALING = [round(10 ** (exponent / 2)) for exponent in range(12, 19)]  # 1 M to 1 B
+SCALING_TENSOR = 1_000_000
+BASELINE = "AdamW, fused"
+COPY = "copy"
+COPY_BYTES = 2**28
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PHASES = {
+    "before the switch": {"switch_rate": 1e-9},
+    "after the switch": {"switch_rate": 1.0},
+    "normalized": {"switch_rate": 1e-9, "normalize_inverse": True},
+}
+OURS = [f"DualAdam, kernel, {phase}" for phase in PHASES]
+
+
+def contenders() -> dict[str, tuple[Callable, int]]:
+    """What to compare: how to build it, and how many copies of all parameters its temporary tensors take."""
+    paths = {"kernel": ({"fused": True}, 0), "foreach": ({"foreach": True}, 4), "for-loop": ({"foreach": False}, 0)}
+    table = {}
+    for path, (chosen, copies) in paths.items():
+        for phase, options in PHASES.items():
+            table[f"DualAdam, {path}, {phase}"] = (_builder(DualAdam, **chosen, **options), copies)
+    table[BASELINE] = (_builder(torch.optim.AdamW, fused=True), 0)
+    table["AdamW, foreach"] = (_builder(torch.optim.AdamW, foreach=True), 2)
+    table["AdamW, for-loop"] = (_builder(torch.optim.AdamW, foreach=False), 0)
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        return table
+    name = "pytorch_optimizer's DualAdam, "
+    for phase in ("before the switch", "after the switch"):
+        build = _builder(pytorch_optimizer.DualAdam, weight_decouple=True, **PHASES[phase])
+        table[name + phase] = (build, 4)
+    return table
+
+
+def _builder(optimizer_cls: type, **options) -> Callable:
+    return lambda params: optimizer_cls(params, lr=1e-5, weight_decay=0.01, **options)
+
+
+def shapes_of(name: str) -> list[tuple[int, ...]]:
+    """The shapes of the parameters of a named list, a named model, or a model whose configuration is at a path."""
+    if name in LISTS:
+        return LISTS[name]
+    from transformers import AutoConfig, AutoModel
+
+    if name in MODELS:
+        model_type, options = MODELS[name]
+        config = AutoConfig.for_model(model_type, **options)
+    elif Path(name).exists():
+        config = AutoConfig.from_pretrained(name)
+    else:
+        raise SystemExit(f"Invalid --shapes: {name} - should be {', '.join([*MODELS, *LISTS])} or an existing path.")
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return [tuple(p.shape) for p in model.parameters()]
+
+
+class Machine:
+    """Times and measures memory on one device."""
+
+    def __init__(self, device: str):
+        """Check that the device is there."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("Invalid --device: cuda - torch sees no GPU here.")
+        self.device = device
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Time one call, on the GPU until it is done."""
+        self._wait()
+        start = time.perf_counter()
+        function()
+        self._wait()
+        return time.perf_counter() - start
+
+    def extra_bytes(self, function: Callable[[], object]) -> int | None:
+        """How far the memory in use rises during a call; None where the system does not tell."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.seconds(function)
+            return torch.cuda.max_memory_allocated() - before
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use
+        except OSError:
+            return None
+        before = _proc_bytes("/proc/self/status", "VmHWM")
+        function()
+        return _proc_bytes("/proc/self/status", "VmHWM") - before
+
+    def free_bytes(self) -> int | None:
+        """Memory that may still be used; None where the system does not tell."""
+        if self.device == "cuda":
+            return torch.cuda.mem_get_info()[0]
+        return _proc_bytes("/proc/meminfo", "MemAvailable")
+
+    def trim(self) -> None:
+        """Hand back memory that is free but kept."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        elif platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def describe(self) -> dict:
+        """Machine and versions, for the record."""
+        versions = {
+            "torch": torch.__version__,
+            "hf_dualadam": hf_dualadam.__version__,
+            "python": platform.python_version(),
+        }
+        if self.device == "cuda":
+            return {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **versions}
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = [line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
+        name = names[0] if names else platform.processor()
+        return {"device": f"{name}, {os.cpu_count()} cores", "threads": torch.get_num_threads(), **versions}
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _proc_bytes(path: str, key: str) -> int | None:
+    if not Path(path).exists():
+        return None
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def build_all(
+    names: list[str], params: list[Tensor], machine: Machine
+) -> tuple[dict, dict[str, float], dict[str, str]]:
+    """Build optimizers that share their moments, so that one set of them fits even where two would not.
+
+    Returns:
+        The optimizers, the seconds that the first step of each took, and why others were left out.
+    """
+    optimizers, first_steps, left_out = {}, {}, {}
+    size = sum(p.numel() * p.element_size() for p in params)
+    table = contenders()
+    for name in names:
+        build, copies = table[name]
+        needed, free = size * (copies + 2), machine.free_bytes()
+        if free is not None and needed > 0.9 * free:
+            left_out[name] = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            continue
+        try:
+            optimizer = build(params)
+        except ValueError as error:
+            left_out[name] = str(error)
+            continue
+        first_steps[name] = machine.seconds(optimizer.step)
+        for p in params:
+            for moment in MOMENTS:
+                optimizer.state[p][moment] = optimizer.state[p][moment].dtype
+        machine.trim()
+        optimizers[name] = optimizer
+    moments = {}
+    for optimizer in optimizers.values():
+        for i, p in enumerate(params):
+            for moment in MOMENTS:
+                dtype = optimizer.state[p][moment]
+                if (i, moment, dtype) not in moments:
+                    moments[i, moment, dtype] = torch.zeros_like(p, dtype=dtype)
+                optimizer.state[p][moment] = moments[i, moment, dtype]
+    return optimizers, first_steps, left_out
+
+
+def benchmark(
+    shapes: list[tuple[int, ...]], names: list[str], machine: Machine, dtype: torch.dtype, rounds: int
+) -> dict[str, Any]:
+    """Time the named optimizers on tensors of these shapes, and what a step of each needs besides."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, device=machine.device).to(dtype)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizers, first_steps, left_out = build_all(names, params, machine)
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=machine.device)
+    target = torch.zeros_like(source)
+    actions = {COPY: lambda: target.copy_(source)} | {name: opt.step for name, opt in optimizers.items()}
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for i in range(-2, rounds):  # two rounds to warm up; then another one goes first each time
+        for name in [*actions][i % len(actions) :] + [*actions][: i % len(actions)]:
+            seconds = machine.seconds(actions[name])
+            if i >= 0:
+                times[name].append(seconds)
+    copied = 2 * COPY_BYTES / statistics.median(times.pop(COPY))
+    numel = sum(p.numel() for p in params)
+    rows = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        state = optimizers[name].state[params[0]]
+        moved = numel * (3 * params[0].element_size() + 4 * state["exp_avg"].element_size())
+        ratios = [own / base for own, base in zip(seconds, times[BASELINE])]
+        rows.append(
+            {
+                "optimizer": name,
+                "milliseconds": median * 1e3,
+                "ratio": statistics.median(ratios),
+                "parameters_per_second": numel / median,
+                "bytes_per_second": moved / median,
+                "share_of_copy": moved / median / copied,
+                "extra_bytes": machine.extra_bytes(optimizers[name].step),
+                "first_step_seconds": first_steps[name],
+            }
+        )
+    return {
+        "parameters": numel,
+        "tensors": len(params),
+        "copy_bytes_per_second": copied,
+        "rows": rows,
+        "left_out": left_out,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    columns = ["optimizer", "step, ms", "ratio to fused AdamW", "params/s"]
+    columns += ["bandwidth, GB/s", "of copy", "memory, MiB", "first step, s"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in result["rows"]:
+        memory = "?" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.2f}"
+        lines.append(
+            f"| {row['optimizer']} | {row['milliseconds']:.2f} | {row['ratio']:.2f} | "
+            f"{row['parameters_per_second']:.2e} | {row['bytes_per_second'] / 1e9:.1f} | {row['share_of_copy']:.0%} | "
+            f"{memory} | {row['first_step_seconds']:.2f} |"
+        )
+    lines += [f"\nLeft out: {name}: {reason}" for name, reason in result["left_out"].items()]
+    return "\n".join(lines)
+
+
+def scaling(path: Path, machine: Machine, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """Time growing lists of tensors, as far as memory allows, and plot times and ratios."""
+    results = []
+    for numel in SCALING:
+        needed, free = 4 * numel * dtype.itemsize + 2 * COPY_BYTES, machine.free_bytes()
+        if free is not None and needed > 0.9 * free:
+            print(
+                f"{numel:.1e} parameters left out: they need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            )
+            break
+        shapes = [(SCALING_TENSOR,)] * (numel // SCALING_TENSOR) + [(numel % SCALING_TENSOR,)]
+        results.append(benchmark(shapes, [*OURS, BASELINE], machine, dtype, rounds))
+        print(f"\n{numel:.1e} parameters\n\n{table(results[-1])}")
+        machine.trim()
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (times, ratios) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    sizes = [result["parameters"] for result in results]
+    for i, name in enumerate([*OURS, BASELINE]):
+        rows = [result["rows"][i] for result in results]
+        times.loglog(sizes, [row["milliseconds"] for row in rows], marker="o", label=name)
+        ratios.semilogx(sizes, [row["ratio"] for row in rows], marker="o", label=name)
+    times.set(xlabel="parameters", ylabel="step, ms")
+    ratios.set(xlabel="parameters", ylabel="ratio to fused AdamW", ylim=(0, None))
+    times.legend()
+    figure.suptitle(machine.describe()["device"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return results
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="minilm", help=f"{', '.join([*MODELS, *LISTS])} or a model configuration")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
+    parser.add_argument("--rounds", type=int, default=21, help="steps of each optimizer; default 21")
+    parser.add_argument("--only", default="", metavar="TEXT", help="leave out all but fused AdamW that lack TEXT")
+    parser.add_argument("--scaling", type=Path, metavar="PNG", help="time 1 M to 1 B parameters instead, and plot")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args()
+    for name in ("threads", "rounds"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"Invalid --{name}: {getattr(args, name)} - should be 1 or more.")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    machine = Machine(args.device)
+    dtype = getattr(torch, args.dtype)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    record = {"machine": machine.describe(), "dtype": args.dtype, "rounds": args.rounds}
+    print(", ".join(f"{name} {value}" for name, value in record["machine"].items()))
+    if args.scaling:
+        record["scaling"] = scaling(args.scaling, machine, dtype, args.rounds)
+    else:
+        names = [name for name in contenders() if args.only in name or name == BASELINE]
+        result = benchmark(shapes_of(args.shapes), names, machine, dtype, args.rounds)
+        record |= {"shapes": args.shapes, **result}
+        size = f"{result['parameters'] / 1e6:.1f} M parameters in {result['tensors']} tensors"
+        copy = f"copy {result['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+        print(f"{args.shapes}, {args.dtype}: {size}; {copy}; medians of {args.rounds} rounds\n\n{table(result)}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""Comparisons: equal terms, runs shared between workers that may die, statistics, and a complete report."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from scipy import stats
+
+pytest.importorskip("optuna")
+pytest.importorskip("pytorch_optimizer")
+pytest.importorskip("hessian_eigenthings")
+pytest.importorskip("statsmodels")
+
+from datasets import ClassLabel, Dataset, Features, Value
+
+from hf_dualadam.finetuning.config import InputError
+from hf_dualadam.lab.baselines import BASELINES, SAMTrainer, TrainerSAM, WarmupTrainer
+from hf_dualadam.lab.experiment import Laboratory, randomize_labels
+from hf_dualadam.lab.plan import COLUMNS, PlanArguments, make_plan
+from hf_dualadam.lab.queue import MAX_LOSSES, RunQueue, open_storage
+from hf_dualadam.lab.statistics import mean_interval, paired_differences, verdict
+from hf_dualadam.lab.study import Study, chosen_learning_rate
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import compare_optimizers
+
+VIT = dict(model_type="vit", image_size=8, patch_size=4, num_channels=1, hidden_size=8)
+VIT |= dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+DIGITS = {
+    "dataset_name": "embedded/digits",
+    "model_config": VIT,
+    "augment": False,
+    "max_train_samples": 60,
+    "max_eval_samples": 40,
+    "max_steps": 10,
+    "per_device_train_batch_size": 8,
+}
+
+
+def plan_arguments(**changes):
+    task = {"script": "image_classification", "learning_rate": 1e-3, "arguments": DIGITS}
+    values = {
+        "tasks": {"digits": task},
+        "optimizers": {"adamw": None, "adamw_warmup": None, "dualadam": None},
+        "seeds": [0, 1],
+        "num_learning_rates": 2,
+        "sharpness": {"examples": 4, "lanczos_steps": 2, "trace_samples": 1},
+    }
+    return PlanArguments(**(values | changes))
+
+
+# --- The plan
+
+
+def test_every_optimizer_gets_as_many_rates_and_gradients():
+    plan = make_plan(plan_arguments(optimizers=dict.fromkeys(BASELINES), num_learning_rates=3))
+    assert plan.learning_rates("digits", "adamw") == [0.000333, 0.001, 0.003]
+    assert plan.learning_rates("digits", "sgd") == [0.0333, 0.1, 0.3]
+    for optimizer in plan.optimizers:
+        assert len(plan.learning_rates("digits", optimizer)) == 3
+        cost = plan.optimizers[optimizer].baseline.gradients_per_step
+        assert plan.steps("digits", optimizer) * cost == 10
+    assert plan.steps("digits", "sam") == 5
+
+
+def test_a_changed_setting_makes_another_run():
+    keys = set()
+    for changes in ({}, {"switch_fraction": 0.5}, {"sharpness": {"examples": 8}}):
+        plan = make_plan(plan_arguments(**changes))
+        keys |= {run.key for run in plan.final_runs("digits", "dualadam", 1e-3)}
+    assert len(keys) == 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizers": {"adamq": None}}, r"optimizers.adamq.base: 'adamq' - should be one of sgd, adam"),
+        ({"optimizers": {"adamw": {"switch_fraction": 0.1}}}, "optimizers.adamw.switch_fraction: adamw has no such"),
+        ({"optimizers": {"dualadam": {"switch_fraction": 2.0}}}, "switch_fraction: 2.0 - should be in"),
+        ({"tasks": {}}, "tasks: {} - should be at least one task"),
+        ({"tasks": {"t": {"script": "glue"}}}, "tasks.t.arguments: required"),
+        ({"tasks": {"t": {"script": "x", "arguments": {}, "learning_rate": 1.0}}}, "tasks.t.script: 'x'"),
+        ({"tasks": {"t": {"script": "glue", "arguments": {}, "learning_rate": 1.0}}}, "tasks.t.max_steps: None"),
+        ({"sharpness": {"roh": 1.0}}, "sharpness.roh"),
+        ({"seeds": [1, 1]}, r"seeds: \[1, 1\]"),
+    ],
+)
+def test_bad_plans_are_refused_with_the_place(changes, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(plan_arguments(**changes))
+
+
+# --- Sharing
+
+
+def fake_execute(plan, log, pause=0.0):
+    def execute(run):
+        time.sleep(pause)
+        with log.open("a") as file:
+            file.write(run.key + "\n")
+        row = plan.empty_row(run) | {"status": "ok", "selection_metric": run.learning_rate, "selection_loss": 1.0}
+        return {"row": row, "curves": [], "wall_seconds": pause}
+
+    return execute
+
+
+def open_study(plan, folder, **kwargs):
+    return Study(plan, RunQueue(open_storage(str(folder / "journal.log")), plan.name, **kwargs))
+
+
+def test_killed_workers_leave_nothing_to_clean_up(tmp_path):
+    plan = make_plan(plan_arguments())
+
+    def work():
+        study = open_study(plan, tmp_path, pulse=0.4, patience=2.0)
+        for _ in study.work(fake_execute(plan, tmp_path / "log", pause=0.25)):
+            pass
+
+    context = multiprocessing.get_context("fork")
+
+    def start():
+        workers = [context.Process(target=work) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        return workers
+
+    for worker in (killed := start()):
+        time.sleep(0.35)
+        os.kill(worker.pid, signal.SIGKILL)
+    for worker in killed:
+        worker.join()
+    assert len((tmp_path / "log").read_text().split("\n")) < plan.size()
+    for worker in start():
+        worker.join(60)
+        assert worker.exitcode == 0
+    study = open_study(plan, tmp_path)
+    results = study.queue.results()
+    assert set(results) == {run.key for run in study.known_runs(results)}
+    assert len(results) == plan.size() == 3 * (2 + 2)
+    done = (tmp_path / "log").read_text().split("\n")[:-1]
+    assert sorted(done) == sorted(results)  # each finished run was done once
+
+
+def test_an_interrupt_hands_the_run_back(tmp_path):
+    plan = make_plan(plan_arguments())
+    study = open_study(plan, tmp_path)
+
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(study.work(interrupted))
+    assert study.queue.running_count() == 0 and not study.queue.results()
+    started = time.monotonic()
+    assert len(list(study.work(fake_execute(plan, tmp_path / "log")))) == plan.size()
+    assert time.monotonic() - started < 20  # no waiting for the patience of a lost run
+
+
+def test_a_run_that_kills_its_workers_is_given_up(tmp_path):
+    plan = make_plan(plan_arguments())
+    queue = open_study(plan, tmp_path, pulse=60, patience=0.0).queue
+    key = plan.selection_runs("digits", "adamw")[0].key
+    queue.add([key])
+    for _ in range(MAX_LOSSES):
+        assert queue.claim([key]) == key
+        queue.reclaim()
+        time.sleep(0.01)
+        assert queue.reclaim() == [key]
+    study = Study(plan, queue)
+    for run, results in study.work(fake_execute(plan, tmp_path / "log")):
+        if run.key == key:
+            break
+    assert results[key]["row"]["status"] == f"crashed: took its worker down {MAX_LOSSES} times"
+
+
+def test_the_rate_with_the_best_selection_metric_is_chosen():
+    plan = make_plan(plan_arguments(num_learning_rates=3))
+    runs = plan.selection_runs("digits", "adamw")
+    rows = [
+        {"status": "ok", "selection_metric": 0.5, "selection_loss": 1.0},
+        {"status": "ok", "selection_metric": 0.5, "selection_loss": 0.9},
+        {"status": "diverged", "selection_metric": 0.9, "selection_loss": None},
+    ]
+    results = {run.key: {"row": row} for run, row in zip(runs, rows)}
+    assert chosen_learning_rate(plan, "digits", "adamw", results) == runs[1].learning_rate
+    del results[runs[2].key]
+    assert chosen_learning_rate(plan, "digits", "adamw", results) is None
+
+
+# --- Optimizers and data
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 2)
+
+    def forward(self, x, labels):
+        return {"loss": torch.nn.functional.cross_entropy(self.layer(x).tanh(), labels)}
+
+
+ROWS = [{"x": torch.tensor([float(i), 1.0, -0.5 * i]), "labels": torch.tensor(i % 2)} for i in range(8)]
+
+
+def trainer_for(trainer_cls, optimizer, tmp_path, steps, **kwargs):
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, learning_rate=0.1, report_to="none",
+        logging_steps=1, disable_tqdm=True, use_cpu=True, save_strategy="no", max_grad_norm=0.5, **kwargs,
+    )  # fmt: skip
+    return trainer_cls(model=Model(), args=args, train_dataset=ROWS, optimizer_cls_and_kwargs=optimizer)
+
+
+def test_sam_in_trainer_takes_the_gradient_of_the_perturbed_weights(tmp_path):
+    rho = 0.3
+    optimizer = (TrainerSAM, {"base_optimizer": torch.optim.SGD, "lr": 0.1, "rho": rho})
+    trainer = trainer_for(SAMTrainer, optimizer, tmp_path, 1)
+    trainer.train()
+    model = Model()
+    batch = {"x": torch.stack([row["x"] for row in ROWS]), "labels": torch.stack([row["labels"] for row in ROWS])}
+    params = list(model.parameters())
+    first = torch.autograd.grad(model(**batch)["loss"], params)
+    norm = torch.sqrt(sum(g.pow(2).sum() for g in first))
+    start = [param.detach().clone() for param in params]
+    with torch.no_grad():
+        for param, gradient in zip(params, first):
+            param.add_(rho * gradient / norm)
+    second = torch.autograd.grad(model(**batch)["loss"], params)
+    clip = min(1.0, 0.5 / float(torch.sqrt(sum(g.pow(2).sum() for g in second))))
+    for got, before, gradient in zip(trainer.model.parameters(), start, second):
+        torch.testing.assert_close(got, before - 0.1 * clip * gradient)
+
+
+def test_the_control_warms_up_as_dualadam_does(tmp_path):
+    rates = []
+
+    class RecordingAdamW(torch.optim.AdamW):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            super().step(closure)
+
+    def warmup(**kwargs):
+        return WarmupTrainer(warmup_fraction=0.5, **kwargs)
+
+    trainer_for(warmup, (RecordingAdamW, {"lr": 0.1}), tmp_path, 8, lr_scheduler_type="linear").train()
+    weights = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]  # 1 - alpha at switch_rate 0.25
+    assert rates == pytest.approx([0.1 * weight * (8 - done) / 8 for done, weight in enumerate(weights)])
+
+
+def test_label_noise_hits_the_share_and_nothing_else():
+    features = Features({"x": Value("int64"), "label": ClassLabel(num_classes=10)})
+    clean = Dataset.from_dict({"x": list(range(2000)), "label": [i % 10 for i in range(2000)]}, features)
+    noisy = randomize_labels(clean, 0.3, 10)
+    changed = np.mean(np.array(noisy["label"]) != np.array(clean["label"]))
+    assert 0.24 < changed < 0.3  # a tenth of the random labels are right by chance
+    assert noisy["x"][:] == clean["x"][:] and noisy.features["label"] == features["label"]
+    assert noisy["label"][:] == randomize_labels(clean, 0.3, 10)["label"][:]
+
+
+# --- Statistics
+
+
+def test_differences_are_paired_and_corrected():
+    scores = {"a": [0.5, 0.6, 0.7, 0.8], "b": [0.53, 0.62, 0.73, 0.82], "c": [0.5, 0.6, 0.7, 0.8]}
+    runs = pd.DataFrame(
+        [{"optimizer": o, "seed": s, "score": v} for o, values in scores.items() for s, v in enumerate(values)]
+    )
+    found = paired_differences(runs, "score", {"b": ["a"], "c": ["a"]})
+    expected = stats.ttest_rel(scores["b"], scores["a"])
+    interval = expected.confidence_interval(0.95)
+    better = found["b", "a"]
+    assert (better.mean, better.low, better.high) == pytest.approx((0.025, interval.low, interval.high))
+    assert better.p_value == pytest.approx(expected.pvalue)
+    assert better.p_corrected == pytest.approx(2 * expected.pvalue)  # Holm, two comparisons
+    assert "better than a by 2.50 points" in verdict(better)
+    assert found["c", "a"].p_value == 1.0 and "no difference to a shown" in verdict(found["c", "a"])
+
+
+def test_intervals_leave_gaps_out():
+    low, high = stats.t.interval(0.95, 2, loc=2.0, scale=stats.sem([1, 2, 3]))
+    assert mean_interval([1.0, 2.0, np.nan, 3.0]) == pytest.approx((2.0, low, high))
+    assert np.isnan(mean_interval([1.0]).low)
+
+
+# --- From the command to the report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A comparison with an optimizer that diverges and one that cannot be built."""
+    folder = tmp_path_factory.mktemp("compare")
+    plan = {
+        "tasks": {"digits": {"script": "image_classification", "learning_rate": 1e-3, "arguments": DIGITS}},
+        "optimizers": {
+            "adamw": None,
+            "adamw_warmup": None,
+            "dualadam_normalized": {"switch_fraction": 0.5},
+            "sam": None,
+            "sgd": {"optim_args": {"momentum": 1e30}},
+            "radam": {"optim_args": {"no_such_option": 1}},
+        },
+        "seeds": [0, 1],
+        "num_learning_rates": 1,
+        "sharpness": {"examples": 4, "lanczos_steps": 2, "trace_samples": 1},
+    }
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    compare_optimizers.main([str(folder / "plan.yaml"), "--output_dir", str(folder / "out")])
+    return folder
+
+
+def test_all_runs_are_in_the_results(finished):
+    runs = pd.read_csv(finished / "out" / "results.csv")
+    assert tuple(runs.columns) == COLUMNS
+    assert len(runs) == 6 * (1 + 2)
+    status = runs.groupby("optimizer")["status"].unique()
+    assert list(status["sgd"]) == ["diverged"]
+    assert all(text.startswith("crashed: TypeError") for text in status["radam"])
+    good = runs[~runs["optimizer"].isin(["sgd", "radam"])]
+    assert set(good["status"]) == {"ok"}
+    final = good[good["role"] == "final"]
+    measured = ["selection_metric", "heldout_metric", "heldout_loss", "train_loss", "gap_loss", "gap_metric"]
+    measured += ["hessian_top_eigenvalue", "hessian_trace", "ball_sharpness", "seconds", "peak_memory_mb"]
+    assert final[measured].notna().all().all()
+    assert good.loc[good["role"] == "selection", "heldout_metric"].isna().all()  # the held-out data stay untouched
+    shares = final.groupby("optimizer")[["inverse_share_1pct", "inverse_share_10pct", "inverse_share_50pct"]].mean()
+    assert shares.loc["dualadam_normalized", "inverse_share_10pct"] > 0.5 and shares.loc["adamw"].isna().all()
+    assert set(final.loc[final["optimizer"] == "sam", "steps"]) == {5}
+
+
+def test_the_report_is_complete(finished):
+    report = (finished / "out" / "report.md").read_text()
+    for part in ("**Question.**", "## Answer", "## Protocol", "## digits", "## Runs that failed", "Versions:"):
+        assert part in report
+    assert "no difference to adamw shown" in report or "than adamw by" in report
+    assert "\n6 of 18.\n" in report  # the failed runs
+    pictures = [line.split("](")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
+    assert len(pictures) == 10 and all((finished / "out" / name).stat().st_size > 5000 for name in pictures)
+
+
+def test_a_second_start_repeats_nothing_and_report_only_rebuilds(finished, monkeypatch):
+    def forbidden(self, run):
+        raise AssertionError(run)
+
+    monkeypatch.setattr(Laboratory, "_run", forbidden)
+    before = (finished / "out" / "results.csv").read_text()
+    compare_optimizers.main([str(finished / "plan.yaml"), "--output_dir", str(finished / "out")])
+    assert (finished / "out" / "results.csv").read_text() == before
+    (finished / "out" / "report.md").unlink()
+    compare_optimizers.main(["--report_only", "--output_dir", str(finished / "out")])
+    assert (finished / "out" / "report.md").exists()
+
+
+def test_report_only_without_results_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no results"):
+        compare_optimizers.main(["--report_only", "--output_dir", str(tmp_path)])
