@@ -89,9 +89,9 @@ def update(batches: Batches) -> Batches:
     for index, item, row in taken:
         rows.extend((*row, index))
         params.append(item[0])
-    shared = sorted(overlapping(rows[_ADDRESS::_N_FIELDS], rows[_SIZE::_N_FIELDS]))
+    shared = sorted(overlapping(rows[_ADDRESS::_N_FIELDS], rows[_SIZE::_N_FIELDS]), reverse=True)
     left.extend((batches[taken[place][0]][0], [taken[place][1]]) for place in shared)
-    for place in reversed(shared):
+    for place in shared:
         del rows[place * _N_FIELDS : (place + 1) * _N_FIELDS], params[place]
     _call(rows, array("d", [value for group, _ in batches for value in _options(group)]))
     mark_as_written(params)
