@@ -39,7 +39,7 @@ def main(argv=None):
     finished = run(task, args, trainer_cls=trainer_cls, **run_args.options())
     clm.write_unigram_perplexity(finished)
     for sample in clm.generate_samples(finished, clm_args):
-        print(f"--- {sample['prompt']} [...]\n{sample['generated']}")
+        print(f"--- prompt:\n{sample['prompt']}\n--- the model goes on:\n{sample['generated']}\n")
     print(summary(finished))
     if "unigram_perplexity" in finished.metrics:
         print(f"perplexity of a unigram model on the same tokens: {finished.metrics['unigram_perplexity']:.1f}")

@@ -4,6 +4,7 @@
 optimizer, learning rate and seed with other ``TrainingArguments``; the trained model and the data stay within reach.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -99,6 +100,41 @@ class Run:
     task: Task
 
 
+class _Beginning(TrainerCallback):
+    """Parts what goes wrong before the first step, and is an error of the user, from what goes wrong later.
+
+    Optimizer, scheduler and data loaders are built only within ``Trainer.train``. Until then the run in ``replaced``
+    stays as it is.
+    """
+
+    def __init__(self, replaced: Path | None):
+        self.replaced, self.begun = replaced, False
+
+    @contextlib.contextmanager
+    def refusals(self):
+        """Turn any error before the first step into an InputError."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # of as many kinds as Trainer has arguments
+            if self.begun and "metric_for_best_model" not in str(error):  # Trainer sees it at the first evaluation
+                raise
+            raise InputError(f"{error}") from error
+
+    def begin(self, args: TrainingArguments) -> None:
+        """Remove the run to be replaced."""
+        if not self.begun and self.replaced:
+            with args.main_process_first(local=False):
+                for path in _run_files(self.replaced):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.begun = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """All is built; other callbacks have agreed, as this one is last."""
+        self.begin(args)
+
+
 def run(
     task: Task,
     args: TrainingArguments,
@@ -122,40 +158,45 @@ def run(
         optimizer_cls_and_kwargs: an optimizer that has no name in ``args.optim``.
         callbacks: further callbacks for Trainer.
         trainer_cls: Trainer or a subclass.
-        overwrite_output_dir: remove the run that ``args.output_dir`` holds, just before training starts.
+        overwrite_output_dir: remove the run that ``args.output_dir`` holds, once all is ready for the first step.
         write: leave model, metrics files, learning curves, model card and predictions in ``args.output_dir``. Without,
             only what ``args.save_strategy`` asks for.
 
     Raises:
-        InputError: the output folder holds another run, or there is nothing to resume from, or it is of another model.
+        InputError: the output folder holds another run, or there is nothing to resume from, or it is of another model,
+            or Trainer cannot begin with these arguments.
     """
     checkpoint = check_output_dir(args, overwrite_output_dir)
+    beginning = _Beginning(Path(args.output_dir) if overwrite_output_dir and checkpoint is None else None)
     set_seed(args.seed)
     train_dataset = task.train_view(task.train_dataset) if args.do_train else None
     eval_datasets = {suffix: task.eval_view(dataset) for suffix, dataset in task.eval_datasets.items()}
-    trainer = trainer_cls(
-        model=task.build_model(),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=next(iter(eval_datasets.values()), None),
-        data_collator=task.data_collator,
-        processing_class=task.processing_class,
-        compute_metrics=task.compute_metrics,
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-    )
+    model = task.build_model()
+    with beginning.refusals():
+        trainer = trainer_cls(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=next(iter(eval_datasets.values()), None),
+            data_collator=task.data_collator,
+            processing_class=task.processing_class,
+            compute_metrics=task.compute_metrics,
+            callbacks=list(callbacks),
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        trainer.add_callback(beginning)
     problem = checkpoint and checkpoint_problem(checkpoint, trainer.model)
     if problem:
         raise InputError(f"resume_from_checkpoint: {problem}")
-    if overwrite_output_dir and checkpoint is None:
-        with args.main_process_first(local=False):
-            _remove_run(Path(args.output_dir))
     metrics: dict[str, float] = {}
     if args.do_train:
-        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        with beginning.refusals():
+            metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         metrics["train_samples"] = len(train_dataset)
         if write:
             trainer.save_model()
+    else:
+        beginning.begin(args)
     if args.do_eval:
         metrics |= _evaluate(trainer, task, eval_datasets)
     if args.do_predict:
@@ -208,7 +249,8 @@ def summary(run: Run) -> str:
     metrics, task, args = run.metrics, run.task, run.trainer.args
     optim = getattr(args.optim, "value", args.optim)
     lines = [f"{task.name}: optim={optim}, {run.trainer.state.global_step} steps, files in {args.output_dir}"]
-    lines.append(f"{'':24}{'held-out':>10}{'training':>10}{'gap':>10}{'majority':>10}")
+    columns = ["held-out", "training", "gap"] + ["majority"] * (task.baseline is not None)
+    lines.append(" " * 24 + "".join(f"{column:>10}" for column in columns))
     for key in metrics:
         name = key.removeprefix("eval_")
         if not key.startswith("eval_") or name.startswith(SPEED) or name.startswith("samples"):
@@ -236,11 +278,6 @@ def _checkpoint(resume: str | None, folder: Path) -> str | None:
 
 def _run_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
-
-
-def _remove_run(folder: Path) -> None:
-    for path in _run_files(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _evaluate(trainer: Trainer, task: Task, eval_datasets: dict[str, Any]) -> dict[str, float]:
