@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.training_args import trainer_log_levels
 
 from ..trainer import OPTIMIZERS, parse_optim_args
 
@@ -181,12 +182,16 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         "warmup_steps": 0,
     }
     smallest |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+    smallest |= {"eval_accumulation_steps": 1, "neftune_noise_alpha": 0, "dataloader_num_workers": 0}
     for name, low in smallest.items():
         if values.get(name) is not None and not low <= values[name] < 2**32:
             raise InputError(f"{name}: {values[name]} is out of range, at least {low} and below 2**32 is needed")
     epochs = values.get("num_train_epochs", 1)
     if not 0 < epochs < 2**32:
         raise InputError(f"num_train_epochs: {epochs} is out of range, more than 0 is needed")
+    for name in ("log_level", "log_level_replica"):
+        if values.get(name, "passive") not in trainer_log_levels:
+            raise InputError(f"{name}: {values[name]!r} is not one of {', '.join(trainer_log_levels)}")
     if values.get("optim") in OPTIMIZERS:
         parse_optim_args(values.get("optim_args"), OPTIMIZERS[values["optim"]])
     if isinstance(values.get("resume_from_checkpoint"), bool):
@@ -231,7 +236,9 @@ def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
 def _load_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
-    except Exception as error:  # besides YAMLError, many kinds: `!!float ""` is an IndexError, [[[[... a RecursionError
+    except (
+        Exception
+    ) as error:  # besides YAMLError, many kinds: `!!float ""` is an IndexError, [[[[... a RecursionError
         raise ValueError(str(error)) from error
 
 
