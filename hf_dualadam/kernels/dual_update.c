@@ -34,6 +34,7 @@ typedef struct {
 
 typedef struct {
     double beta1, beta2, eps, decay, step_size, bias2_sqrt, alpha, adam_share, sign;
+    int moments_done; /* the norms' pass has updated m and v */
 } StepScalars;
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
@@ -104,8 +105,12 @@ static INLINE uint16_t to_float16(float x)
 
 static CLONES void update_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
 {
-    update_float((float *)t->param + begin, (float *)t->grad + begin, (float *)t->exp_avg + begin,
-                 (float *)t->exp_avg_sq + begin, end - begin, s);
+    float *param = (float *)t->param + begin, *grad = (float *)t->grad + begin;
+    float *exp_avg = (float *)t->exp_avg + begin, *exp_avg_sq = (float *)t->exp_avg_sq + begin;
+    if (s->moments_done)
+        update_float(param, grad, exp_avg, exp_avg_sq, end - begin, s, 1);
+    else
+        update_float(param, grad, exp_avg, exp_avg_sq, end - begin, s, 0);
 }
 
 static CLONES void norms_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
@@ -118,8 +123,12 @@ static CLONES void norms_float32(const Tensor *t, int64_t begin, int64_t end, co
 
 static CLONES void update_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
 {
-    update_double((double *)t->param + begin, (double *)t->grad + begin, (double *)t->exp_avg + begin,
-                  (double *)t->exp_avg_sq + begin, end - begin, s);
+    double *param = (double *)t->param + begin, *grad = (double *)t->grad + begin;
+    double *exp_avg = (double *)t->exp_avg + begin, *exp_avg_sq = (double *)t->exp_avg_sq + begin;
+    if (s->moments_done)
+        update_double(param, grad, exp_avg, exp_avg_sq, end - begin, s, 1);
+    else
+        update_double(param, grad, exp_avg, exp_avg_sq, end - begin, s, 0);
 }
 
 static CLONES void norms_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
@@ -156,7 +165,7 @@ static CLONES void update_bfloat16(const Tensor *t, int64_t begin, int64_t end, 
         widen(grad, t->grad, begin, n, 1);
         widen(exp_avg, t->exp_avg, begin, n, 1);
         widen(exp_avg_sq, t->exp_avg_sq, begin, n, 1);
-        update_float(param, grad, exp_avg, exp_avg_sq, n, s);
+        update_float(param, grad, exp_avg, exp_avg_sq, n, s, 0);
         narrow(t->param, param, begin, n, 1);
         narrow(t->exp_avg, exp_avg, begin, n, 1);
         narrow(t->exp_avg_sq, exp_avg_sq, begin, n, 1);
@@ -182,7 +191,10 @@ static CLONES void update_float16(const Tensor *t, int64_t begin, int64_t end, c
         n = end - begin < BLOCK ? end - begin : BLOCK;
         widen(param, t->param, begin, n, 0);
         widen(grad, t->grad, begin, n, 0);
-        update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s);
+        if (s->moments_done)
+            update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, 1);
+        else
+            update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, 0);
         narrow(t->param, param, begin, n, 0);
     }
 }
@@ -228,20 +240,20 @@ static StepScalars step_scalars(double step, const Group *group)
 
 /* ---- all tensors, all threads ---- */
 
-/* What there is to do about one tensor; the unit is a chunk of it. */
+/* What there is to do about one tensor. A task is one chunk of it, or its norms where they are to be measured: those
+ * of all chunks come first. A tensor of a single chunk is one task in any case. */
 typedef struct {
-    int64_t numel;
-    int64_t first_task;    /* see work() */
-    int64_t norms;         /* chunks whose norms are to be measured before the update: all or none */
-    int64_t pending_norms; /* those of them that are still to be done; -1 once norm_ratio is known */
-    double (*sums)[2];     /* one pair per measured chunk: squares of m/d and of m*d */
+    int64_t numel, first_task;
+    int normalize;
+    int64_t pending_norms; /* chunks whose norms are still to be measured; -1 once norm_ratio is known */
+    double (*sums)[2];     /* one pair per chunk: squares of m/d and of m*d */
     double norm_ratio;     /* scale of the inverse update: 1 unless it is normalized */
 } Plan;
 
 typedef struct {
     const Tensor *tensors;
     const Group *groups;
-    Plan *plans; /* one more than tensors, the last one empty */
+    Plan *plans;
     int64_t n_tensors, n_tasks, next_task;
 } Job;
 
@@ -253,7 +265,7 @@ static int64_t n_chunks(int64_t numel)
 /* The last plan with first_task <= task. */
 static int64_t plan_of_task(const Job *job, int64_t task)
 {
-    int64_t low = 0, high = job->n_tensors + 1;
+    int64_t low = 0, high = job->n_tensors;
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
         if (job->plans[middle].first_task <= task)
@@ -270,7 +282,7 @@ static void finish_norms(Plan *plan)
     if (__atomic_sub_fetch(&plan->pending_norms, 1, __ATOMIC_ACQ_REL) > 0)
         return;
     double adam_sq = 0, inverse_sq = 0;
-    for (int64_t chunk = 0; chunk < plan->norms; chunk++) {
+    for (int64_t chunk = 0; chunk < n_chunks(plan->numel); chunk++) {
         adam_sq += plan->sums[chunk][0];
         inverse_sq += plan->sums[chunk][1];
     }
@@ -278,9 +290,8 @@ static void finish_norms(Plan *plan)
     __atomic_store_n(&plan->pending_norms, -1, __ATOMIC_RELEASE);
 }
 
-/* What every thread does: take the next task, one chunk of one tensor, until none is left. The order is: norms of
- * tensor 0; norms of tensor 1, update of tensor 0; norms of tensor 2, update of tensor 1; and so on, so that an update
- * finds in the cache what its norms have read, and seldom waits for the last of them. */
+/* What every thread does: take the next task until none is left. An update of a large tensor goes from the last chunk
+ * to the first, so that it finds in the cache what the norms have read last. */
 static void work(void *data)
 {
     Job *job = data;
@@ -288,12 +299,12 @@ static void work(void *data)
     double step = -1;
     int64_t group = -1, task;
     while ((task = __atomic_fetch_add(&job->next_task, 1, __ATOMIC_RELAXED)) < job->n_tasks) {
-        int64_t place = plan_of_task(job, task), chunk = task - job->plans[place].first_task;
-        const int measure = chunk < job->plans[place].norms;
-        if (!measure)
-            chunk -= job->plans[place--].norms; /* an update stands behind the norms of the next tensor */
+        const int64_t place = plan_of_task(job, task);
         const Tensor *t = &job->tensors[place];
         Plan *plan = &job->plans[place];
+        const int64_t n = n_chunks(plan->numel), number = task - plan->first_task;
+        const int measure = plan->normalize && number < n, update = !measure || n == 1;
+        const int64_t chunk = number < n ? number : 2 * n - 1 - number;
         const int64_t begin = chunk * CHUNK, end = plan->numel - begin < CHUNK ? plan->numel : begin + CHUNK;
         if (*t->step != step || t->group != group) {
             step = *t->step;
@@ -304,11 +315,13 @@ static void work(void *data)
             plan->sums[chunk][0] = plan->sums[chunk][1] = 0;
             norms[t->dtype](t, begin, end, &scalars, plan->sums[chunk]);
             finish_norms(plan);
-        } else {
-            while (plan->norms && __atomic_load_n(&plan->pending_norms, __ATOMIC_ACQUIRE) >= 0)
+        }
+        if (update) {
+            while (plan->normalize && __atomic_load_n(&plan->pending_norms, __ATOMIC_ACQUIRE) >= 0)
                 sched_yield();
             StepScalars scaled = scalars;
             scaled.alpha *= plan->norm_ratio;
+            scaled.moments_done = plan->normalize && t->dtype != BFLOAT16; /* it keeps m and v rounded */
             updates[t->dtype](t, begin, end, &scaled);
         }
     }
@@ -327,9 +340,10 @@ int dual_update(const Tensor *tensors, int64_t n_tensors, const Group *groups, i
         plans[i].numel = tensors[i].size / itemsizes[tensors[i].dtype];
         plans[i].norm_ratio = 1;
         if (group->normalize_inverse && inverse_weight(*tensors[i].step + 1, group->switch_rate) > 0)
-            plans[i].norms = plans[i].pending_norms = n_chunks(plans[i].numel);
+            plans[i].normalize = 1;
+        plans[i].pending_norms = n_chunks(plans[i].numel);
         numel += plans[i].numel;
-        n_norms += plans[i].norms;
+        n_norms += plans[i].normalize ? n_chunks(plans[i].numel) : 0;
     }
     double (*sums)[2] = malloc((n_norms + 1) * sizeof *sums);
     if (!plans || !sums) {
@@ -339,13 +353,13 @@ int dual_update(const Tensor *tensors, int64_t n_tensors, const Group *groups, i
     }
     Job job = {.tensors = tensors, .groups = groups, .plans = plans, .n_tensors = n_tensors};
     double (*next_sums)[2] = sums;
-    for (int64_t i = 0; i <= n_tensors; i++) {
+    for (int64_t i = 0; i < n_tensors; i++) {
+        const int64_t n = n_chunks(plans[i].numel);
         plans[i].first_task = job.n_tasks;
         plans[i].sums = next_sums;
-        next_sums += plans[i].norms;
-        job.n_tasks += plans[i].norms + (i > 0 ? n_chunks(plans[i - 1].numel) : 0);
-        if (i < n_tensors)
-            *tensors[i].step += 1;
+        next_sums += plans[i].normalize ? n : 0;
+        job.n_tasks += plans[i].normalize && n > 1 ? 2 * n : n;
+        *tensors[i].step += 1;
     }
     if (threads > 1 && numel > CHUNK) /* for less, waking other threads takes longer than the work */
         parallel(work, &job, threads, 0);

@@ -4,8 +4,8 @@
  *   NAME(function)  the function's name for this type
  */
 
-/* Updates m and v of one element; returns d. */
-static INLINE REAL NAME(moments)(REAL grad, REAL *exp_avg, REAL *exp_avg_sq, const StepScalars *s)
+/* Updates m and v of one element. */
+static INLINE void NAME(moments)(REAL grad, REAL *exp_avg, REAL *exp_avg_sq, const StepScalars *s)
 {
     const REAL beta1 = (REAL)s->beta1, rest1 = (REAL)(1 - s->beta1);
     const REAL beta2 = (REAL)s->beta2, rest2 = (REAL)(1 - s->beta2);
@@ -13,12 +13,18 @@ static INLINE REAL NAME(moments)(REAL grad, REAL *exp_avg, REAL *exp_avg_sq, con
     const REAL gap = grad - *exp_avg;
     *exp_avg = rest1 < (REAL)0.5 ? *exp_avg + rest1 * gap : grad - beta1 * gap;  /* m, rounded as torch.lerp does */
     *exp_avg_sq = beta2 * *exp_avg_sq + rest2 * grad * grad;                     /* v */
-    return SQRT(*exp_avg_sq) * (REAL)(1 / s->bias2_sqrt) + (REAL)s->eps;         /* d */
 }
 
-/* One step of n elements, in place. */
+/* d of one element. */
+static INLINE REAL NAME(denominator)(REAL exp_avg_sq, const StepScalars *s)
+{
+    return SQRT(exp_avg_sq) * (REAL)(1 / s->bias2_sqrt) + (REAL)s->eps;
+}
+
+/* One step of n elements, in place; with moments_done, m and v are those of this step already. */
 static INLINE void NAME(update)(REAL *restrict params, const REAL *restrict grads, REAL *restrict exp_avgs,
-                                REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars)
+                                REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars,
+                                int moments_done)
 {
     const StepScalars s = *scalars;
     const REAL decay = (REAL)s.decay, step_size = (REAL)s.step_size;
@@ -27,14 +33,18 @@ static INLINE void NAME(update)(REAL *restrict params, const REAL *restrict grad
     for (int64_t i = 0; i < n; i++) {
         REAL param = params[i], exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
         param *= decay;                                                         /* theta <- theta * (1 - eta*lambda) */
-        const REAL denom = NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);  /* m, v, d */
+        if (!moments_done)
+            NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);                 /* m, v */
+        const REAL denom = NAME(denominator)(exp_avg_sq, &s);                   /* d */
         REAL update = adam_share * (exp_avg / denom);                           /* (1-alpha) * m/d */
         if (blend)                                                              /* m*d may overflow after the switch */
             update += alpha * (exp_avg * denom);                                /* + alpha * m*d */
         param -= step_size * update;              /* theta <- theta - eta/(1-beta1^t) * update */
         params[i] = param;
-        exp_avgs[i] = exp_avg;
-        exp_avg_sqs[i] = exp_avg_sq;
+        if (!moments_done) {
+            exp_avgs[i] = exp_avg;
+            exp_avg_sqs[i] = exp_avg_sq;
+        }
     }
 }
 
@@ -55,16 +65,18 @@ static INLINE double NAME(sum_of_squares)(const REAL *restrict values)
     return parts[0];
 }
 
-/* Adds the squares of m/d and of m*d of n <= BLOCK elements, as the coming update will have them. */
-static INLINE void NAME(norms)(const REAL *restrict grads, const REAL *restrict exp_avgs,
-                               const REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars,
-                               double sums[2])
+/* Updates m and v of n <= BLOCK elements; adds the squares of m/d and of m*d to the sums. */
+static INLINE void NAME(norms)(const REAL *restrict grads, REAL *restrict exp_avgs, REAL *restrict exp_avg_sqs,
+                               int64_t n, const StepScalars *scalars, double sums[2])
 {
     const StepScalars s = *scalars;
     REAL adam[BLOCK], inverse[BLOCK];
     for (int64_t i = 0; i < n; i++) {
         REAL exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
-        const REAL denom = NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);
+        NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);
+        const REAL denom = NAME(denominator)(exp_avg_sq, &s);
+        exp_avgs[i] = exp_avg;
+        exp_avg_sqs[i] = exp_avg_sq;
         adam[i] = exp_avg / denom;
         inverse[i] = exp_avg * denom;
     }
