@@ -1,10 +1,13 @@
 """Every config loads; files and command lines are read strictly."""
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from tiny import ROOT
 from transformers import Trainer, TrainingArguments
 
@@ -19,6 +22,7 @@ CONFIGS = sorted(
     path for folder in ("glue", "vision", "quickstart") for path in (ROOT / "configs" / folder).glob("*.yaml")
 )
 CONFIGS = [path for path in CONFIGS if path.stem != "clm"]
+LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 @dataclass
@@ -52,6 +56,22 @@ def test_every_config_loads_and_its_optimizer_builds(path):
         assert load_config(model_args).hidden_size == values["model_config"]["hidden_size"]
     if path.parent.name == "glue":
         assert data_args.task_name == path.stem
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_every_launch_config_loads_and_names_options_of_the_launcher(path):
+    config = load_config_from_file(str(path))
+    engines = {"one_gpu": "NO", "several_gpus": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == engines.get(path.stem, "DEEPSPEED") and not config.use_cpu
+    options = vars(launch_command_parser().parse_args(["script.py"]))
+    assert set(config.deepspeed_config or {}) | set(config.fsdp_config or {}) <= set(options)
+    if path.stem.startswith("deepspeed"):
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+        assert config.deepspeed_config["offload_optimizer_device"] == "none"
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    (script,) = re.findall(r"configs/accelerate/(\S+) (scripts/\S+)", path.read_text())
+    assert script[0] == path.name and (ROOT / script[1]).is_file()
 
 
 def test_there_is_a_config_for_every_glue_task():
