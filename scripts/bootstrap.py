@@ -45,7 +45,7 @@ def main() -> int:
         for lint in (["check"], ["format", "--check"]):
             if run(python, "-m", "ruff", *lint, ROOT):
                 return 1
-    return run(python, "-m", "pytest", *args.pytest_args)
+    return run(python, "-m", "pytest", "-n", "2", "--dist", "loadfile", *args.pytest_args)
 
 
 def prepare(extras: str, transformers4: bool) -> Path:
