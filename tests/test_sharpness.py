@@ -12,7 +12,13 @@ import torch
 pytest.importorskip("hessian_eigenthings")
 
 from torch.func import functional_call
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from hf_dualadam.finetuning.config import InputError
 from hf_dualadam.lab.sharpness import loss_slice, measure_sharpness
@@ -127,11 +133,12 @@ def test_bad_arguments_are_named(model, batches):
 
 def test_a_saved_model_is_measured_and_drawn(tmp_path, capsys):
     config = ViTConfig(
-        image_size=8, patch_size=4, num_channels=1, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4, num_channels=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=8, num_labels=10,
     )  # fmt: skip
     torch.manual_seed(0)
     ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
     options = "--script image_classification --dataset_name embedded/digits --max_train_samples 20 --examples 10"
     options += " --lanczos_steps 2 --trace_samples 1"
     measure_saved_sharpness.main([str(tmp_path / "model"), *options.split()])
