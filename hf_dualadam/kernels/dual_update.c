@@ -105,12 +105,8 @@ static INLINE uint16_t to_float16(float x)
 
 static CLONES void update_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
 {
-    float *param = (float *)t->param + begin, *grad = (float *)t->grad + begin;
-    float *exp_avg = (float *)t->exp_avg + begin, *exp_avg_sq = (float *)t->exp_avg_sq + begin;
-    if (s->moments_done)
-        update_float(param, grad, exp_avg, exp_avg_sq, end - begin, s, 1);
-    else
-        update_float(param, grad, exp_avg, exp_avg_sq, end - begin, s, 0);
+    update_float((float *)t->param + begin, (float *)t->grad + begin, (float *)t->exp_avg + begin,
+                 (float *)t->exp_avg_sq + begin, end - begin, s);
 }
 
 static CLONES void norms_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
@@ -123,12 +119,8 @@ static CLONES void norms_float32(const Tensor *t, int64_t begin, int64_t end, co
 
 static CLONES void update_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
 {
-    double *param = (double *)t->param + begin, *grad = (double *)t->grad + begin;
-    double *exp_avg = (double *)t->exp_avg + begin, *exp_avg_sq = (double *)t->exp_avg_sq + begin;
-    if (s->moments_done)
-        update_double(param, grad, exp_avg, exp_avg_sq, end - begin, s, 1);
-    else
-        update_double(param, grad, exp_avg, exp_avg_sq, end - begin, s, 0);
+    update_double((double *)t->param + begin, (double *)t->grad + begin, (double *)t->exp_avg + begin,
+                  (double *)t->exp_avg_sq + begin, end - begin, s);
 }
 
 static CLONES void norms_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
@@ -165,7 +157,7 @@ static CLONES void update_bfloat16(const Tensor *t, int64_t begin, int64_t end, 
         widen(grad, t->grad, begin, n, 1);
         widen(exp_avg, t->exp_avg, begin, n, 1);
         widen(exp_avg_sq, t->exp_avg_sq, begin, n, 1);
-        update_float(param, grad, exp_avg, exp_avg_sq, n, s, 0);
+        update_float(param, grad, exp_avg, exp_avg_sq, n, s);
         narrow(t->param, param, begin, n, 1);
         narrow(t->exp_avg, exp_avg, begin, n, 1);
         narrow(t->exp_avg_sq, exp_avg_sq, begin, n, 1);
@@ -191,10 +183,7 @@ static CLONES void update_float16(const Tensor *t, int64_t begin, int64_t end, c
         n = end - begin < BLOCK ? end - begin : BLOCK;
         widen(param, t->param, begin, n, 0);
         widen(grad, t->grad, begin, n, 0);
-        if (s->moments_done)
-            update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, 1);
-        else
-            update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, 0);
+        update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s);
         narrow(t->param, param, begin, n, 0);
     }
 }

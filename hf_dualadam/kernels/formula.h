@@ -22,9 +22,9 @@ static INLINE REAL NAME(denominator)(REAL exp_avg_sq, const StepScalars *s)
 }
 
 /* One step of n elements, in place; with moments_done, m and v are those of this step already. */
-static INLINE void NAME(update)(REAL *restrict params, const REAL *restrict grads, REAL *restrict exp_avgs,
-                                REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars,
-                                int moments_done)
+static INLINE void NAME(update_elements)(REAL *restrict params, const REAL *restrict grads, REAL *restrict exp_avgs,
+                                         REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars,
+                                         int moments_done)
 {
     const StepScalars s = *scalars;
     const REAL decay = (REAL)s.decay, step_size = (REAL)s.step_size;
@@ -46,6 +46,16 @@ static INLINE void NAME(update)(REAL *restrict params, const REAL *restrict grad
             exp_avg_sqs[i] = exp_avg_sq;
         }
     }
+}
+
+/* The same, with a loop of its own for each case. */
+static INLINE void NAME(update)(REAL *params, const REAL *grads, REAL *exp_avgs, REAL *exp_avg_sqs, int64_t n,
+                                const StepScalars *scalars)
+{
+    if (scalars->moments_done)
+        NAME(update_elements)(params, grads, exp_avgs, exp_avg_sqs, n, scalars, 1);
+    else
+        NAME(update_elements)(params, grads, exp_avgs, exp_avg_sqs, n, scalars, 0);
 }
 
 /* The sum of the squares of BLOCK elements, added up in pairs: vectors are used, and the order of the additions is the
