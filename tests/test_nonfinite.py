@@ -4,22 +4,13 @@ import math
 
 import pytest
 import torch
+from paths import PATHS
 from test_trainer import TinyModel, _arguments, _data, _train, _weights
 from transformers import Trainer
 
 from hf_dualadam import DualAdam
-from hf_dualadam.kernels import cpu
 from hf_dualadam.nonfinite import StopOnNonFinite
 
-PATHS = {
-    "single": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-    "default": {},
-    "capturable": {"capturable": True},
-}
-if cpu.load() is None:
-    del PATHS["fused"]
 BAD = [math.nan, math.inf, -math.inf, 1e25, -1e25]  # the square of the last two overflows float32
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from paths import PATHS
 from reference import dualadam, dualadam_normalized
 
 from hf_dualadam import DualAdam, InvAdam
-from hf_dualadam.kernels import cpu
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
@@ -24,15 +24,6 @@ hypothesis.settings.register_profile("ci", max_examples=200, derandomize=True, d
 hypothesis.settings.register_profile("nightly", max_examples=2500, **common)
 SETTINGS = hypothesis.settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-PATHS = {
-    "single": {"foreach": False, "fused": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-    "default": {},
-    "capturable": {"capturable": True},
-}
-if cpu.load() is None:
-    del PATHS["fused"]
 # Rounding of one step, relative to the size of the weights; half precision rounds the moments too.
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 

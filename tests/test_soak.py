@@ -7,17 +7,16 @@ import gc
 import os
 import resource
 
+import paths
 import psutil
 import pytest
 import torch
 from torch.nn import Parameter
 
 from hf_dualadam import DualAdam
-from hf_dualadam.kernels import cpu
 
-PATHS = {"single": {"foreach": False, "fused": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-if cpu.load() is None:
-    del PATHS["fused"]
+# The default path is one of these, and capturable differs only on accelerators.
+PATHS = {name: paths.PATHS[name] for name in ("single", "foreach", "fused") if name in paths.PATHS}
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 STEPS = 20_000 if NIGHTLY else 2_000
 NOISE = torch.randn(500, 28, generator=torch.Generator().manual_seed(0))
