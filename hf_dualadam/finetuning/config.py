@@ -236,9 +236,7 @@ def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
 def _load_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
-    except (
-        Exception
-    ) as error:  # besides YAMLError, many kinds: `!!float ""` is an IndexError, [[[[... a RecursionError
+    except Exception as error:  # not YAMLError alone: `!!float ""` is an IndexError, [[[[... a RecursionError
         raise ValueError(str(error)) from error
 
 
