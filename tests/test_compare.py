@@ -116,37 +116,75 @@ def open_study(plan, folder, **kwargs):
     return Study(plan, RunQueue(open_storage(str(folder / "journal.log")), plan.name, **kwargs))
 
 
+def hang_in_second(plan, log):
+    """The first run goes well; the second says that it has begun, and never ends."""
+    execute, done = fake_execute(plan, log), []
+
+    def hang(run):
+        if done:
+            (log.parent / f"hangs-{os.getpid()}").touch()
+            time.sleep(600)
+        done.append(run)
+        return execute(run)
+
+    return hang
+
+
+def wait_for(happened):
+    for _ in range(600):
+        if happened():
+            return
+        time.sleep(0.1)
+    raise AssertionError("waited for a minute")
+
+
 def test_killed_workers_leave_nothing_to_clean_up(tmp_path):
     plan = make_plan(plan_arguments())
-
-    def work():
-        study = open_study(plan, tmp_path, pulse=0.4, patience=2.0)
-        for _ in study.work(fake_execute(plan, tmp_path / "log", pause=0.25)):
-            pass
-
+    log = tmp_path / "log"
     context = multiprocessing.get_context("fork")
 
-    def start():
-        workers = [context.Process(target=work) for _ in range(2)]
+    def work(execute):
+        for _ in open_study(plan, tmp_path, pulse=0.4, patience=5.0).work(execute):
+            pass
+
+    def start(execute):
+        workers = [context.Process(target=work, args=(execute,)) for _ in range(2)]
         for worker in workers:
             worker.start()
         return workers
 
-    for worker in (killed := start()):
-        time.sleep(0.35)
-        os.kill(worker.pid, signal.SIGKILL)
+    killed = start(hang_in_second(plan, log))
+    wait_for(lambda: len(list(tmp_path.glob("hangs-*"))) == len(killed))
     for worker in killed:
+        os.kill(worker.pid, signal.SIGKILL)
         worker.join()
-    assert len((tmp_path / "log").read_text().split("\n")) < plan.size()
-    for worker in start():
+    assert len(log.read_text().splitlines()) == len(killed) < plan.size()
+    for worker in start(fake_execute(plan, log, pause=0.05)):
         worker.join(60)
         assert worker.exitcode == 0
     study = open_study(plan, tmp_path)
     results = study.queue.results()
     assert set(results) == {run.key for run in study.known_runs(results)}
     assert len(results) == plan.size() == 3 * (2 + 2)
-    done = (tmp_path / "log").read_text().split("\n")[:-1]
-    assert sorted(done) == sorted(results)  # each finished run was done once
+    assert sorted(log.read_text().splitlines()) == sorted(results)  # each finished run was done once
+
+
+def test_a_worker_killed_while_it_writes_keeps_nobody_waiting(tmp_path):
+    address = str(tmp_path / "journal.log")
+
+    def lock():
+        open_storage(address)._backend._lock.acquire()
+        (tmp_path / "locked").touch()
+        time.sleep(600)
+
+    worker = multiprocessing.get_context("fork").Process(target=lock)
+    worker.start()
+    wait_for((tmp_path / "locked").exists)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    start = time.monotonic()
+    RunQueue(open_storage(address), "plan").add(["run"])
+    assert time.monotonic() - start < 20  # Optuna's own lock is held for 30 seconds more
 
 
 def test_an_interrupt_hands_the_run_back(tmp_path):

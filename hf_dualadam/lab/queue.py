@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -28,14 +29,16 @@ def open_storage(address: str) -> BaseStorage:
     """Open or create a storage.
 
     Args:
-        address: a database URL (``sqlite:///...``, ``postgresql://...``), or the path of a journal file, which works
-            on network file systems too.
+        address: a database URL (``sqlite:///...``, ``postgresql://...``), or the path of a journal file, on a network
+            file system only where that has file locks.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in address:
         return RDBStorage(address)
     Path(address).parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(address))
+    # The system releases this lock when its process is killed; Optuna's own would keep all others waiting for 30 s,
+    # long enough to be taken for dead themselves.
+    return JournalStorage(JournalFileBackend(address, lock_obj=FileLock(f"{address}.lock")))
 
 
 class RunQueue:
