@@ -86,7 +86,6 @@ def main(argv=None):
         print("report:", write_report(folder))
         return
     plan = make_plan(plan_args)
-    logging.getLogger("hf_dualadam").setLevel(logging.ERROR)  # its warnings are about single runs
     lab = Laboratory(plan, Path(compare_args.data_root))
     description = describe_study(plan, lab, sys.argv if argv is None else ["scripts/compare_optimizers.py", *argv])
     study = Study(plan, RunQueue(open_storage(compare_args.storage or str(folder / "journal.log")), plan.name))
@@ -105,4 +104,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    logging.getLogger("hf_dualadam").setLevel(logging.ERROR)  # its warnings are about single runs
     run_main(main)
