@@ -204,7 +204,7 @@ class DualAdam(Optimizer):
                 dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 for name in _STATE_TENSORS:
-                    state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+                    state[name] = kernels.cpu.zeros_like(param, dtype)
             tensors.append((param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
         return tensors
 

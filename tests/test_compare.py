@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from scipy import stats
+from transformers import Trainer
 
 pytest.importorskip("optuna")
 pytest.importorskip("pytorch_optimizer")
@@ -22,7 +23,7 @@ pytest.importorskip("statsmodels")
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_dualadam.finetuning.config import InputError
-from hf_dualadam.lab.baselines import BASELINES, SAMTrainer, TrainerSAM, WarmupTrainer
+from hf_dualadam.lab.baselines import BASELINES, OptimizerSetting, SAMTrainer, TrainerSAM, WarmupTrainer
 from hf_dualadam.lab.experiment import Laboratory, randomize_labels
 from hf_dualadam.lab.plan import COLUMNS, PlanArguments, make_plan
 from hf_dualadam.lab.queue import MAX_LOSSES, RunQueue, open_storage
@@ -85,6 +86,8 @@ def test_a_changed_setting_makes_another_run():
         ({"optimizers": {"adamq": None}}, r"optimizers.adamq.base: 'adamq' - should be one of sgd, adam"),
         ({"optimizers": {"adamw": {"switch_fraction": 0.1}}}, "optimizers.adamw.switch_fraction: adamw has no such"),
         ({"optimizers": {"dualadam": {"switch_fraction": 2.0}}}, "switch_fraction: 2.0 - should be in"),
+        ({"optimizers": {"adamw": {"inverse_parameters": "x"}}}, "adamw.inverse_parameters: adamw has no such phase"),
+        ({"optimizers": {"dualadam": {"inverse_parameters": "("}}}, r"dualadam.inverse_parameters: '\(' - missing"),
         ({"tasks": {}}, "tasks: {} - should be at least one task"),
         ({"tasks": {"t": {"script": "glue"}}}, "tasks.t.arguments: required"),
         ({"tasks": {"t": {"script": "x", "arguments": {}, "learning_rate": 1.0}}}, "tasks.t.script: 'x'"),
@@ -293,6 +296,28 @@ def test_the_control_warms_up_as_dualadam_does(tmp_path):
     trainer_for(warmup, (RecordingAdamW, {"lr": 0.1}), tmp_path, 8, lr_scheduler_type="linear").train()
     weights = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]  # 1 - alpha at switch_rate 0.25
     assert rates == pytest.approx([0.1 * weight * (8 - done) / 8 for done, weight in enumerate(weights)])
+
+
+def test_the_inverse_phase_can_be_kept_to_some_parameters(tmp_path):
+    def step(trainer_cls, optim):
+        ours = {} if optim == "adamw_torch" else {"optim_args": "switch_rate=0.25"}
+        trainer = trainer_for(trainer_cls, None, tmp_path, 1, optim=optim, **ours)
+        trainer.train()
+        return trainer.model.layer, trainer.optimizer.param_groups
+
+    setting = OptimizerSetting("dualadam", inverse_parameters="bias$")
+    partial, groups = step(setting.trainer_cls(), "dualadam")
+    whole, _ = step(Trainer, "dualadam")
+    adam, _ = step(Trainer, "adamw_torch")
+    torch.testing.assert_close(partial.weight, adam.weight)
+    assert torch.equal(partial.bias, whole.bias)
+    assert not torch.allclose(whole.weight, adam.weight, atol=1e-3)
+    assert not torch.allclose(whole.bias, adam.bias, atol=1e-3)
+    assert sum(len(group["params"]) for group in groups) == 2
+
+    nowhere = OptimizerSetting("dualadam", inverse_parameters="head")
+    with pytest.raises(InputError, match="inverse_parameters: 'head' - should match some parameter"):
+        step(nowhere.trainer_cls(), "dualadam")
 
 
 def test_label_noise_hits_the_share_and_nothing_else():

@@ -11,7 +11,8 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define CHUNK 32768 /* elements that one thread takes at a time; p, g, m and v of one float32 chunk are 512 KiB */
-#define BLOCK 512   /* elements that are widened from half precision, or summed up, at a time; a power of two */
+#define BLOCK 512   /* elements that are widened from half precision at a time */
+#define LANES 32    /* partial sums that squares are added up in: enough for several vectors */
 
 /* Instruction sets to choose from at load time, where the compiler and the C library can. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -111,10 +112,8 @@ static CLONES void update_float32(const Tensor *t, int64_t begin, int64_t end, c
 
 static CLONES void norms_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
 {
-    for (int64_t n; begin < end; begin += n) {
-        n = end - begin < BLOCK ? end - begin : BLOCK;
-        norms_float((float *)t->grad + begin, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, sums);
-    }
+    norms_float((float *)t->grad + begin, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, end - begin, s,
+                sums);
 }
 
 static CLONES void update_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
@@ -125,11 +124,8 @@ static CLONES void update_float64(const Tensor *t, int64_t begin, int64_t end, c
 
 static CLONES void norms_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
 {
-    for (int64_t n; begin < end; begin += n) {
-        n = end - begin < BLOCK ? end - begin : BLOCK;
-        norms_double((double *)t->grad + begin, (double *)t->exp_avg + begin, (double *)t->exp_avg_sq + begin, n, s,
-                     sums);
-    }
+    norms_double((double *)t->grad + begin, (double *)t->exp_avg + begin, (double *)t->exp_avg_sq + begin, end - begin,
+                 s, sums);
 }
 
 /* Half precision is widened to float a block at a time; the blocks stay in the first-level cache. */

@@ -2,6 +2,7 @@
  *   REAL            float or double
  *   SQRT            its square root
  *   NAME(function)  the function's name for this type
+ *   LANES           partial sums of the norms
  */
 
 /* Updates m and v of one element. */
@@ -58,40 +59,40 @@ static INLINE void NAME(update)(REAL *params, const REAL *grads, REAL *exp_avgs,
         NAME(update_elements)(params, grads, exp_avgs, exp_avg_sqs, n, scalars, 0);
 }
 
-/* The sum of the squares of BLOCK elements, added up in pairs: vectors are used, and the order of the additions is the
- * same for every instruction set and number of threads. */
-static INLINE double NAME(sum_of_squares)(const REAL *restrict values)
+/* Updates m and v of LANES or fewer elements; adds the squares of m/d and of m*d to the sums, one per lane. */
+static INLINE void NAME(norms_of_lanes)(const REAL *restrict grads, REAL *restrict exp_avgs,
+                                        REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *s,
+                                        double *restrict adam_sq, double *restrict inverse_sq)
 {
-    double parts[BLOCK / 2];
-    for (int i = 0; i < BLOCK / 2; i++) {
-        const double first = values[i], second = values[i + BLOCK / 2];
-        parts[i] = first * first + second * second;
-    }
-    for (int half = BLOCK / 4; half > 0; half /= 2) {
-#pragma GCC ivdep
-        for (int i = 0; i < half; i++)
-            parts[i] += parts[i + half];
-    }
-    return parts[0];
-}
-
-/* Updates m and v of n <= BLOCK elements; adds the squares of m/d and of m*d to the sums. */
-static INLINE void NAME(norms)(const REAL *restrict grads, REAL *restrict exp_avgs, REAL *restrict exp_avg_sqs,
-                               int64_t n, const StepScalars *scalars, double sums[2])
-{
-    const StepScalars s = *scalars;
-    REAL adam[BLOCK], inverse[BLOCK];
+    REAL adam[LANES], inverse[LANES];
     for (int64_t i = 0; i < n; i++) {
         REAL exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
-        NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);
-        const REAL denom = NAME(denominator)(exp_avg_sq, &s);
+        NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, s);
+        const REAL denom = NAME(denominator)(exp_avg_sq, s);
         exp_avgs[i] = exp_avg;
         exp_avg_sqs[i] = exp_avg_sq;
         adam[i] = exp_avg / denom;
         inverse[i] = exp_avg * denom;
     }
-    for (; n < BLOCK; n++)
-        adam[n] = inverse[n] = 0;
-    sums[0] += NAME(sum_of_squares)(adam);
-    sums[1] += NAME(sum_of_squares)(inverse);
+    for (int64_t i = 0; i < n; i++) {
+        adam_sq[i] += (double)adam[i] * adam[i];
+        inverse_sq[i] += (double)inverse[i] * inverse[i];
+    }
+}
+
+/* Updates m and v of n elements; adds the squares of m/d and of m*d to the sums. These are added up in lanes, so
+ * that vectors are used and the order is the same for every instruction set and number of threads. */
+static INLINE void NAME(norms)(const REAL *restrict grads, REAL *restrict exp_avgs, REAL *restrict exp_avg_sqs,
+                               int64_t n, const StepScalars *scalars, double sums[2])
+{
+    const StepScalars s = *scalars;
+    const int64_t whole = n / LANES * LANES;
+    double adam_sq[LANES] = {0}, inverse_sq[LANES] = {0};
+    for (int64_t i = 0; i < whole; i += LANES)
+        NAME(norms_of_lanes)(grads + i, exp_avgs + i, exp_avg_sqs + i, LANES, &s, adam_sq, inverse_sq);
+    NAME(norms_of_lanes)(grads + whole, exp_avgs + whole, exp_avg_sqs + whole, n - whole, &s, adam_sq, inverse_sq);
+    for (int lane = 0; lane < LANES; lane++) {
+        sums[0] += adam_sq[lane];
+        sums[1] += inverse_sq[lane];
+    }
 }

@@ -7,6 +7,7 @@ of every optimizer.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from pytorch_optimizer import SAM
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
 
+from ..finetuning.config import InputError
 from ..functional import inverse_weight
 
 
@@ -61,6 +63,31 @@ class WarmupTrainer(Trainer):
             [lambda done, f=factor: f(done) * (1 - inverse_weight(done + 1, switch_rate)) for factor in factors],
         )
         return self.lr_scheduler
+
+
+class PartialInverseTrainer(Trainer):
+    """Gives the inverse phase to some parameters only; the others get Adam's update from the first step."""
+
+    def __init__(self, *args, inverse_parameters: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.inverse_parameters = re.compile(inverse_parameters)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with its groups split by the names of their parameters.
+
+        Raises:
+            InputError: no name matches.
+        """
+        optimizer = super().create_optimizer(*args, **kwargs)
+        inverse = {param for name, param in self.model.named_parameters() if self.inverse_parameters.search(name)}
+        if not inverse:
+            raise InputError(f"inverse_parameters: {self.inverse_parameters.pattern!r} - should match some parameter")
+        for group in list(optimizer.param_groups):
+            others = [param for param in group["params"] if param not in inverse]
+            group["params"] = [param for param in group["params"] if param in inverse]
+            options = {key: value for key, value in group.items() if key not in ("switch_fraction", "planned_steps")}
+            optimizer.param_groups.append(options | {"params": others, "switch_rate": 1.0})  # alpha is 0 at step 1
+        return optimizer
 
 
 @dataclass(frozen=True)
@@ -118,11 +145,25 @@ class OptimizerSetting:
         optim_args: options on top of the baseline's.
         switch_fraction: share of the planned steps that the inverse phase or the control's warm-up takes; None where
             the baseline has neither.
+        inverse_parameters: regular expression; DualAdam's inverse phase is for the parameters in whose name it is
+            found, the others get Adam's update throughout. None for all.
     """
 
     base: str
     optim_args: dict[str, Any] = field(default_factory=dict)
     switch_fraction: float | None = None
+    inverse_parameters: str | None = None
+
+    def __post_init__(self):
+        """Check that the expression is one, and has a phase to bear on."""
+        if self.inverse_parameters is None:
+            return
+        if self.baseline.optim != "dualadam":
+            raise InputError(f"inverse_parameters: {self.base} has no such phase")
+        try:
+            re.compile(self.inverse_parameters)
+        except re.error as error:
+            raise InputError(f"inverse_parameters: {self.inverse_parameters!r} - {error}") from None
 
     @property
     def baseline(self) -> Baseline:
@@ -130,7 +171,12 @@ class OptimizerSetting:
         return BASELINES[self.base]
 
     def describe(self) -> str:
-        """All options but the learning rate, as ``key=value,...``; for ours, the text for ``optim_args``."""
+        """All options but the learning rate, as ``key=value,...``."""
+        where = f",inverse_parameters={self.inverse_parameters}" if self.inverse_parameters is not None else ""
+        return self._options() + where
+
+    def _options(self) -> str:
+        """Those of the class; for ours, the text for ``optim_args``."""
         options = {**self.baseline.kwargs, **self.optim_args}
         if self.switch_fraction is not None:
             options["switch_fraction"] = self.switch_fraction
@@ -152,7 +198,7 @@ class OptimizerSetting:
         if self.baseline.weight_decay is not None:
             values["weight_decay"] = self.baseline.weight_decay
         if self.baseline.optim:
-            values |= {"optim": self.baseline.optim, "optim_args": self.describe()}
+            values |= {"optim": self.baseline.optim, "optim_args": self._options()}
         return values
 
     def optimizer_cls_and_kwargs(self, learning_rate: float) -> tuple[type, dict[str, Any]] | None:
@@ -165,4 +211,6 @@ class OptimizerSetting:
         """What builds the Trainer that can run it."""
         if self.baseline.trainer_cls is WarmupTrainer:
             return functools.partial(WarmupTrainer, warmup_fraction=self.switch_fraction)
+        if self.inverse_parameters is not None:
+            return functools.partial(PartialInverseTrainer, inverse_parameters=self.inverse_parameters)
         return self.baseline.trainer_cls
