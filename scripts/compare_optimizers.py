@@ -10,12 +10,17 @@ same command started several times, or on machines that share --storage, shares 
 
 import dataclasses
 import logging
+import os
 import platform
 import shlex
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+
+# Threads that wait by spinning slow down other workers on the same cores, to a seventh of their speed and less. OpenMP
+# reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from filelock import FileLock
 

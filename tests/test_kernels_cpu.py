@@ -265,6 +265,30 @@ def test_the_kernel_brings_no_openmp_runtime_of_its_own(tmp_path):
     assert before and runtimes() == before
 
 
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages")
+def test_large_states_ask_for_large_pages():
+    param = torch.nn.Parameter(torch.ones(2**11, 2**12).t())
+    param.grad = torch.ones_like(param)
+    optimizer = DualAdam([param])
+    optimizer.step()
+    for name in ("exp_avg", "exp_avg_sq"):
+        state = optimizer.state[param][name]
+        assert state.stride() == param.stride()
+        assert "hg" in mapping_flags(state.data_ptr() + state.nbytes // 2)
+
+
+def mapping_flags(address):
+    """Linux's flags of the mapping that an address lies in."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if not first.endswith(":"):
+            begin, end = (int(bound, 16) for bound in first.split("-"))
+            here = begin <= address < end
+        elif here and first == "VmFlags:":
+            return rest.split()
+
+
 def test_a_step_needs_less_than_a_mebibyte():
     params = [torch.nn.Parameter(torch.ones(10)) for _ in range(2000)]
     optimizer = DualAdam(params)
