@@ -11,7 +11,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define CHUNK 32768 /* elements that one thread takes at a time; p, g, m and v of one float32 chunk are 512 KiB */
-#define BLOCK 512   /* elements that are widened from half precision at a time */
+#define BLOCK 128   /* elements that are widened from half precision at a time */
 #define LANES 32    /* partial sums that squares are added up in: enough for several vectors */
 
 /* Instruction sets to choose from at load time, where the compiler and the C library can. */
@@ -144,54 +144,70 @@ static INLINE void narrow(void *to, const float *restrict from, int64_t begin, i
         half[i] = bfloat16 ? to_bfloat16(from[i]) : to_float16(from[i]);
 }
 
-static CLONES void update_bfloat16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
+static INLINE void update_half_block(const Tensor *t, int64_t begin, int64_t n, const StepScalars *s, int bfloat16)
 {
     float param[BLOCK], grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
-    for (int64_t n; begin < end; begin += n) {
-        n = end - begin < BLOCK ? end - begin : BLOCK;
-        widen(param, t->param, begin, n, 1);
-        widen(grad, t->grad, begin, n, 1);
-        widen(exp_avg, t->exp_avg, begin, n, 1);
-        widen(exp_avg_sq, t->exp_avg_sq, begin, n, 1);
+    widen(param, t->param, begin, n, bfloat16);
+    widen(grad, t->grad, begin, n, bfloat16);
+    if (bfloat16) {
+        widen(exp_avg, t->exp_avg, begin, n, bfloat16);
+        widen(exp_avg_sq, t->exp_avg_sq, begin, n, bfloat16);
         update_float(param, grad, exp_avg, exp_avg_sq, n, s);
-        narrow(t->param, param, begin, n, 1);
-        narrow(t->exp_avg, exp_avg, begin, n, 1);
-        narrow(t->exp_avg_sq, exp_avg_sq, begin, n, 1);
-    }
+        narrow(t->exp_avg, exp_avg, begin, n, bfloat16);
+        narrow(t->exp_avg_sq, exp_avg_sq, begin, n, bfloat16);
+    } else
+        update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s);
+    narrow(t->param, param, begin, n, bfloat16);
+}
+
+static INLINE void norms_half_block(const Tensor *t, int64_t begin, int64_t n, const StepScalars *s, double sums[2],
+                                    int bfloat16)
+{
+    float grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
+    widen(grad, t->grad, begin, n, bfloat16);
+    if (bfloat16) {
+        widen(exp_avg, t->exp_avg, begin, n, bfloat16);
+        widen(exp_avg_sq, t->exp_avg_sq, begin, n, bfloat16);
+        norms_float(grad, exp_avg, exp_avg_sq, n, s, sums);
+    } else
+        norms_float(grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, sums);
+}
+
+/* Whole blocks, whose length the compiler knows, and the rest. */
+
+static INLINE void update_half(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, int bfloat16)
+{
+    for (; end - begin >= BLOCK; begin += BLOCK)
+        update_half_block(t, begin, BLOCK, s, bfloat16);
+    update_half_block(t, begin, end - begin, s, bfloat16);
+}
+
+static INLINE void norms_half(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2],
+                              int bfloat16)
+{
+    for (; end - begin >= BLOCK; begin += BLOCK)
+        norms_half_block(t, begin, BLOCK, s, sums, bfloat16);
+    norms_half_block(t, begin, end - begin, s, sums, bfloat16);
+}
+
+static CLONES void update_bfloat16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
+{
+    update_half(t, begin, end, s, 1);
 }
 
 static CLONES void norms_bfloat16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
 {
-    float grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
-    for (int64_t n; begin < end; begin += n) {
-        n = end - begin < BLOCK ? end - begin : BLOCK;
-        widen(grad, t->grad, begin, n, 1);
-        widen(exp_avg, t->exp_avg, begin, n, 1);
-        widen(exp_avg_sq, t->exp_avg_sq, begin, n, 1);
-        norms_float(grad, exp_avg, exp_avg_sq, n, s, sums);
-    }
+    norms_half(t, begin, end, s, sums, 1);
 }
 
 static CLONES void update_float16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
 {
-    float param[BLOCK], grad[BLOCK];
-    for (int64_t n; begin < end; begin += n) {
-        n = end - begin < BLOCK ? end - begin : BLOCK;
-        widen(param, t->param, begin, n, 0);
-        widen(grad, t->grad, begin, n, 0);
-        update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s);
-        narrow(t->param, param, begin, n, 0);
-    }
+    update_half(t, begin, end, s, 0);
 }
 
 static CLONES void norms_float16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
 {
-    float grad[BLOCK];
-    for (int64_t n; begin < end; begin += n) {
-        n = end - begin < BLOCK ? end - begin : BLOCK;
-        widen(grad, t->grad, begin, n, 0);
-        norms_float(grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, sums);
-    }
+    norms_half(t, begin, end, s, sums, 0);
 }
 
 static void (*const updates[])(const Tensor *, int64_t, int64_t, const StepScalars *) = {
