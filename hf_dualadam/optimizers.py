@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from . import kernels
 from .functional import StepScalars, dual_update_, foreach_dual_update_, step_scalars
+from .kernels.tensors import zeros_like
 
 # These only choose how the update is computed, so they stay with the running process when a state is loaded.
 _PATH_OPTIONS = ("foreach", "fused", "capturable")
@@ -204,7 +205,7 @@ class DualAdam(Optimizer):
                 dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 for name in _STATE_TENSORS:
-                    state[name] = kernels.cpu.zeros_like(param, dtype)
+                    state[name] = zeros_like(param, dtype)
             tensors.append((param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
         return tensors
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import mmap
 import operator
 import os
 from array import array
@@ -27,8 +26,6 @@ _DTYPES = {
     (torch.float16, torch.float16, torch.float32, torch.float32): (3, 2),
 }
 _ADDRESS, _SIZE, _N_FIELDS = 0, 5, 8  # places of fields in struct Tensor, and their number
-
-_MAPPED_FOR_ITSELF = 2**22  # bytes
 
 _REMEDY = (
     "install a C compiler (gcc or clang) and run `pip install --force-reinstall --no-deps` on hf_dualadam again, or, "
@@ -99,27 +96,6 @@ def update(batches: Batches) -> Batches:
     _call(rows, array("d", [value for group, _ in batches for value in _options(group)]))
     mark_as_written(params)
     return left
-
-
-def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros in the layout of ``param``, if on the CPU in large pages where Linux has them.
-
-    A step goes through all of a state tensor, and on small pages looks up the address of each 4 KiB anew.
-    """
-    zeros = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    if type(zeros) is Tensor and zeros.is_cpu and not torch.compiler.is_compiling():
-        _advise_huge_pages(zeros.data_ptr(), zeros.nbytes)  # before anything touches it
-    return zeros.zero_()
-
-
-def _advise_huge_pages(address: int, size: int) -> None:
-    """Ask for large pages in memory that is large enough to be mapped for itself."""
-    if size < _MAPPED_FOR_ITSELF or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    whole_pages = (address + size - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-    # Advice: where it is not taken, nothing is lost.
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(whole_pages), mmap.MADV_HUGEPAGE)
 
 
 def _row(item: Item, group: dict[str, Any]) -> tuple[int, ...] | None:

@@ -1,8 +1,10 @@
-"""What both kernels ask about tensors before they touch memory by address."""
+"""What both kernels ask about tensors before they touch memory by address, and the memory of new states."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import mmap
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,28 @@ Item = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Batches = list[tuple[dict[str, Any], list[Item]]]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_MAPPED_FOR_ITSELF = 2**22  # bytes
+
+
+def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros in the layout of ``param``, if on the CPU in large pages where Linux has them.
+
+    A step goes through all of a state tensor, and on small pages looks up the address of each 4 KiB anew.
+    """
+    zeros = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if type(zeros) is Tensor and zeros.is_cpu and not torch.compiler.is_compiling():
+        _advise_huge_pages(zeros.data_ptr(), zeros.nbytes)  # before anything touches it
+    return zeros.zero_()
+
+
+def _advise_huge_pages(address: int, size: int) -> None:
+    """Ask for large pages in memory that is large enough to be mapped for itself."""
+    if size < _MAPPED_FOR_ITSELF or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole_pages = (address + size - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+    # Advice: where it is not taken, nothing is lost.
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(whole_pages), mmap.MADV_HUGEPAGE)
 
 
 def split(batches: Batches, is_here: Callable[[Tensor], bool], take: Callable[[Item, dict[str, Any]], Any]):
