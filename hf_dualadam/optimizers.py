@@ -425,3 +425,7 @@ def _check_param(param: Tensor, group: dict[str, Any]) -> None:
         reason = kernels.unavailable_reason(param, group)
         if reason:
             raise ValueError(f"Invalid fused: True - should be None or False here: {reason}")
+
+
+# The names by which Trainer, accelerate's launcher and other registries know the optimizers.
+OPTIMIZERS: dict[str, type[DualAdam]] = {"dualadam": DualAdam, "invadam": InvAdam}

@@ -36,7 +36,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from hf_dualadam.escape import (
+from hf_dualadam.lab.escape import (
     BARRIER,
     FLAT,
     OUTSIDE,

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from ..checkpoints import TRAINER_STATE, checkpoint_problem, last_complete_checkpoint
-from ..nonfinite import StopOnNonFinite
+from ..trainer.checkpoints import TRAINER_STATE, checkpoint_problem, last_complete_checkpoint
+from ..trainer.nonfinite import StopOnNonFinite
 from .config import InputError
 from .plots import plot_learning_curves
 

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from trainer_checks import RESULTS, assert_same, one_process, train
 
 from hf_dualadam import DualAdam
-from hf_dualadam.trainer import _unwrap
+from hf_dualadam.trainer.callback import _unwrap
 
 ARGS = {"optim_args": "switch_fraction=0.8", "max_grad_norm": 5.0}
 CPU = {"device": "cpu"}

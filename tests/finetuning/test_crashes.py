@@ -10,9 +10,9 @@ KILLS = os.environ.get("CRASH_KILLS", "4")
 
 
 def test_killed_trainings_end_with_the_weights_of_uninterrupted_ones(tmp_path):
-    tests = Path(__file__).parent
-    settings = {**os.environ, "PYTHONPATH": str(tests.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tests / "crashing.py"), str(tmp_path), KILLS, "0"]
+    folder = Path(__file__).parent
+    settings = {**os.environ, "PYTHONPATH": str(folder.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "crashing.py"), str(tmp_path), KILLS, "0"]
     done = subprocess.run(command, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])

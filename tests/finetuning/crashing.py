@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_dualadam  # noqa: F401 - gives Trainer the names
-from hf_dualadam.checkpoints import checkpoint_problem, last_complete_checkpoint
+from hf_dualadam.trainer.checkpoints import checkpoint_problem, last_complete_checkpoint
 
 STEPS, SAVE_STEPS = 60, 3
 OPTIMIZERS = {"dualadam": "switch_fraction=0.6,normalize_inverse=true", "invadam": "normalize_inverse=true"}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny import load_script
 
-from hf_dualadam import DualAdam, escape
+from hf_dualadam import DualAdam
+from hf_dualadam.lab import escape
 
 THEORY = {"sgd": -1.0, "adam": -0.5, "invadam": -1.5, "dualadam": -1.0}
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from test_trainer import TinyModel, _train
 
-from hf_dualadam.checkpoints import checkpoint_problem, last_complete_checkpoint
+from hf_dualadam.trainer.checkpoints import checkpoint_problem, last_complete_checkpoint
 
 
 @pytest.fixture(scope="module")

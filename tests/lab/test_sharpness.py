@@ -23,7 +23,7 @@ from transformers import (
 from hf_dualadam.finetuning.config import InputError
 from hf_dualadam.lab.sharpness import loss_slice, measure_sharpness
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import measure_sharpness as measure_saved_sharpness
 
 RHO = 0.1

@@ -30,7 +30,7 @@ from hf_dualadam.lab.queue import MAX_LOSSES, RunQueue, open_storage
 from hf_dualadam.lab.statistics import mean_interval, paired_differences, verdict
 from hf_dualadam.lab.study import Study, chosen_learning_rate
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import compare_optimizers
 
 VIT = dict(model_type="vit", image_size=8, patch_size=4, num_channels=1, hidden_size=8)

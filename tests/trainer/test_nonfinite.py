@@ -9,7 +9,7 @@ from test_trainer import TinyModel, _arguments, _data, _train, _weights
 from transformers import Trainer
 
 from hf_dualadam import DualAdam
-from hf_dualadam.nonfinite import StopOnNonFinite
+from hf_dualadam.trainer.nonfinite import StopOnNonFinite
 
 BAD = [math.nan, math.inf, -math.inf, 1e25, -1e25]  # the square of the last two overflows float32
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny import FAST, VIT, load_script, save_bert
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 ROWS = {"cola": (8551, 1043), "rte": (2490, 277), "sst2": (12000, 872), "wnli": (635, 71)}
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA}")

@@ -11,7 +11,7 @@ import pytest
 import hf_dualadam
 from hf_dualadam import cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, "-m", "hf_dualadam"]
 
 # Looks at everything that a launcher could get wrong, then fails.
