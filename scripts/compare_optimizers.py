@@ -26,10 +26,10 @@ from filelock import FileLock
 
 from hf_dualadam import __version__
 from hf_dualadam.finetuning.config import parse, run_main
-from hf_dualadam.lab.experiment import Laboratory
-from hf_dualadam.lab.plan import PlanArguments, make_plan
-from hf_dualadam.lab.queue import RunQueue, open_storage
+from hf_dualadam.lab.comparison import ComparisonArguments, make_comparison
+from hf_dualadam.lab.execution import Laboratory
 from hf_dualadam.lab.report import write_report, write_results
+from hf_dualadam.lab.run_queue import RunQueue, open_storage
 from hf_dualadam.lab.study import Study
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "optuna", "pytorch_optimizer", "hessian-eigenthings")
@@ -48,24 +48,26 @@ class CompareArguments:
     report_only: bool = field(default=False, metadata={"help": "Only rebuild report and plots from the results."})
 
 
-def describe_study(plan, lab, argv):
+def describe_study(comparison, lab, argv):
     """What the report says about the comparison: settings, sizes, command and versions."""
     return {
-        "name": plan.name,
-        "question": plan.question,
+        "name": comparison.name,
+        "question": comparison.question,
         "command": shlex.join(["python", *argv]),
         "versions": {"python": platform.python_version(), "hf_dualadam": __version__}
         | {name: version(name) for name in PACKAGES},
-        "runs": plan.size(),
-        "seeds": plan.seeds,
-        "selection_seeds": plan.selection_seeds,
-        "num_learning_rates": plan.num_learning_rates,
-        "learning_rate_factor": plan.learning_rate_factor,
-        "learning_rates": {t: {o: plan.learning_rates(t, o) for o in plan.optimizers} for t in plan.tasks},
-        "sharpness": dataclasses.asdict(plan.sharpness),
-        "tasks": {name: dataclasses.asdict(task) | lab.sizes(name) for name, task in plan.tasks.items()},
-        "metrics": {name: lab.metric(name) for name in plan.tasks},
-        "optimizers": {name: setting.summary() for name, setting in plan.optimizers.items()},
+        "runs": comparison.size(),
+        "seeds": comparison.seeds,
+        "selection_seeds": comparison.selection_seeds,
+        "num_learning_rates": comparison.num_learning_rates,
+        "learning_rate_factor": comparison.learning_rate_factor,
+        "learning_rates": {
+            t: {o: comparison.learning_rates(t, o) for o in comparison.optimizers} for t in comparison.tasks
+        },
+        "sharpness": dataclasses.asdict(comparison.sharpness),
+        "tasks": {name: dataclasses.asdict(task) | lab.sizes(name) for name, task in comparison.tasks.items()},
+        "metrics": {name: lab.metric(name) for name in comparison.tasks},
+        "optimizers": {name: setting.summary() for name, setting in comparison.optimizers.items()},
     }
 
 
@@ -74,7 +76,7 @@ def show(run, results, study):
     row, left = results[run.key]["row"], study.seconds_left(results)
     score = row["selection_metric"] if run.role == "selection" else row["heldout_metric"]
     print(
-        f"[{len(study.rows(results))}/{study.plan.size()}] {run.role} {run.task} {run.optimizer} "
+        f"[{len(study.rows(results))}/{study.comparison.size()}] {run.role} {run.task} {run.optimizer} "
         f"lr={run.learning_rate:g} seed={run.seed}: {row['status']}"
         + (f" {score:.4f}" if score is not None else "")
         + f" in {results[run.key]['wall_seconds']:.0f} s, about {left / 60:.1f} min left",
@@ -83,17 +85,21 @@ def show(run, results, study):
 
 
 def main(argv=None):
-    compare_args, plan_args = parse(
-        (CompareArguments, PlanArguments), argv, defaults=lambda given: {}, description=__doc__
+    compare_args, comparison_args = parse(
+        (CompareArguments, ComparisonArguments), argv, defaults=lambda given: {}, description=__doc__
     )
     folder = Path(compare_args.output_dir)
     if compare_args.report_only:
         print("report:", write_report(folder))
         return
-    plan = make_plan(plan_args)
-    lab = Laboratory(plan, Path(compare_args.data_root))
-    description = describe_study(plan, lab, sys.argv if argv is None else ["scripts/compare_optimizers.py", *argv])
-    study = Study(plan, RunQueue(open_storage(compare_args.storage or str(folder / "journal.log")), plan.name))
+    comparison = make_comparison(comparison_args)
+    lab = Laboratory(comparison, Path(compare_args.data_root))
+    description = describe_study(
+        comparison, lab, sys.argv if argv is None else ["scripts/compare_optimizers.py", *argv]
+    )
+    study = Study(
+        comparison, RunQueue(open_storage(compare_args.storage or str(folder / "journal.log")), comparison.name)
+    )
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(results):

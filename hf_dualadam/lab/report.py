@@ -13,9 +13,17 @@ import numpy as np
 import pandas as pd
 
 from ..finetuning.config import InputError
-from .figures import draw_all
-from .plan import COLUMNS, CURVE_COLUMNS, SHARE_POINTS
-from .statistics import SIGNIFICANT, Difference, Interval, mean_interval, paired_differences, rank_correlation, verdict
+from .comparison import COLUMNS, CURVE_COLUMNS, SHARE_POINTS
+from .plots import draw_all
+from .significance import (
+    SIGNIFICANT,
+    Difference,
+    Interval,
+    mean_interval,
+    paired_differences,
+    rank_correlation,
+    verdict,
+)
 
 RESULTS, CURVES, STUDY, REPORT = "results.csv", "curves.csv", "study.json", "report.md"
 

@@ -1,4 +1,4 @@
-"""Works through a plan: choose each optimizer's learning rate, then run all seeds at it; any number of workers."""
+"""Works through a comparison: choose each learning rate, then run all seeds at it, with any number of workers."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .plan import Plan, Run
-from .queue import MAX_LOSSES, RunQueue
+from .comparison import Comparison, RunSpec
+from .run_queue import MAX_CRASHES, RunQueue
 
 Results = dict[str, Any]
 IDLE_SECONDS = 1.0
 
 
 class Study:
-    """The state of a plan in a queue.
+    """The state of a comparison in a queue.
 
     Args:
-        plan: what is compared.
+        comparison: what is compared.
         queue: shared with the other workers.
     """
 
-    def __init__(self, plan: Plan, queue: RunQueue):
-        self.plan, self.queue = plan, queue
+    def __init__(self, comparison: Comparison, queue: RunQueue):
+        self.comparison, self.queue = comparison, queue
 
-    def known_runs(self, results: Results) -> list[Run]:
+    def known_runs(self, results: Results) -> list[RunSpec]:
         """All runs that can be named by now: the final ones of an optimizer follow from its selection runs."""
-        runs = [run for pair in self.plan.pairs() for run in self.plan.selection_runs(*pair)]
-        for task, optimizer in self.plan.pairs():
-            rate = chosen_learning_rate(self.plan, task, optimizer, results)
+        runs = [run for pair in self.comparison.pairs() for run in self.comparison.selection_runs(*pair)]
+        for task, optimizer in self.comparison.pairs():
+            rate = chosen_learning_rate(self.comparison, task, optimizer, results)
             if rate is not None:
-                runs += self.plan.final_runs(task, optimizer, rate)
+                runs += self.comparison.final_runs(task, optimizer, rate)
         return runs
 
-    def work(self, execute: Callable[[Run], dict[str, Any]]) -> Iterator[tuple[Run, Results]]:
+    def work(self, execute: Callable[[RunSpec], dict[str, Any]]) -> Iterator[tuple[RunSpec, Results]]:
         """Do runs until none is left, here or with another worker.
 
         Args:
@@ -54,13 +54,13 @@ class Study:
                     succeeded = result["row"]["status"] == "ok"
                     self.queue.finish(key, result, result["row"]["selection_metric"] if succeeded else None)
                 yield runs[key], self.queue.results()
-            elif len(results) >= self.plan.size() and set(runs) <= set(results):
+            elif len(results) >= self.comparison.size() and set(runs) <= set(results):
                 return
             elif not self.queue.reclaim():
                 time.sleep(IDLE_SECONDS)
 
     def rows(self, results: Results) -> list[dict[str, Any]]:
-        """The finished runs of the plan, in its order."""
+        """The finished runs of the comparison, in its order."""
         return [results[run.key]["row"] for run in self.known_runs(results) if run.key in results]
 
     def curves(self, results: Results) -> list[dict[str, Any]]:
@@ -77,27 +77,27 @@ class Study:
         """Estimated time until all is done with the workers of this moment, from the finished runs (at least one)."""
         done = [results[run.key] for run in self.known_runs(results) if run.key in results]
         total = 0.0
-        for task in self.plan.tasks:
-            for role, per_pair in self.plan.runs_per_pair().items():
+        for task in self.comparison.tasks:
+            for role, per_pair in self.comparison.runs_per_pair().items():
                 same = [r["wall_seconds"] for r in done if (r["row"]["task"], r["row"]["role"]) == (task, role)]
                 like = same or [r["wall_seconds"] for r in done]
-                total += (per_pair * len(self.plan.optimizers) - len(same)) * sum(like) / len(like)
+                total += (per_pair * len(self.comparison.optimizers) - len(same)) * sum(like) / len(like)
         return total / max(1, self.queue.running_count())
 
-    def _given_up(self, run: Run) -> dict[str, Any] | None:
-        """The result of a run that has taken its worker down too often to be tried again."""
-        if self.queue.losses(run.key) < MAX_LOSSES:
+    def _given_up(self, run: RunSpec) -> dict[str, Any] | None:
+        """The result of a run that crashed its worker too often to be tried again."""
+        if self.queue.crashes(run.key) < MAX_CRASHES:
             return None
-        status = f"crashed: took its worker down {MAX_LOSSES} times"
-        return {"row": self.plan.empty_row(run) | {"status": status}, "curves": [], "wall_seconds": 0.0}
+        status = f"crashed: its worker died {MAX_CRASHES} times"
+        return {"row": self.comparison.empty_row(run) | {"status": status}, "curves": [], "wall_seconds": 0.0}
 
 
-def chosen_learning_rate(plan: Plan, task: str, optimizer: str, results: Results) -> float | None:
+def chosen_learning_rate(comparison: Comparison, task: str, optimizer: str, results: Results) -> float | None:
     """The rate with the best mean selection metric, ties broken by the loss; None while selection runs are missing.
 
     Runs that diverged or crashed count as the worst.
     """
-    runs = plan.selection_runs(task, optimizer)
+    runs = comparison.selection_runs(task, optimizer)
     if any(run.key not in results for run in runs):
         return None
 
@@ -107,4 +107,4 @@ def chosen_learning_rate(plan: Plan, task: str, optimizer: str, results: Results
             return -math.inf, -math.inf
         return sum(row["selection_metric"] for row in rows), -sum(row["selection_loss"] for row in rows)
 
-    return max(plan.learning_rates(task, optimizer), key=score)
+    return max(comparison.learning_rates(task, optimizer), key=score)

@@ -24,10 +24,10 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_dualadam.finetuning.config import InputError
 from hf_dualadam.lab.baselines import BASELINES, OptimizerSetting, SAMTrainer, TrainerSAM, WarmupTrainer
-from hf_dualadam.lab.experiment import Laboratory, randomize_labels
-from hf_dualadam.lab.plan import COLUMNS, PlanArguments, make_plan
-from hf_dualadam.lab.queue import MAX_LOSSES, RunQueue, open_storage
-from hf_dualadam.lab.statistics import mean_interval, paired_differences, verdict
+from hf_dualadam.lab.comparison import COLUMNS, ComparisonArguments, make_comparison
+from hf_dualadam.lab.execution import Laboratory, randomize_labels
+from hf_dualadam.lab.run_queue import MAX_CRASHES, RunQueue, open_storage
+from hf_dualadam.lab.significance import mean_interval, paired_differences, verdict
 from hf_dualadam.lab.study import Study, chosen_learning_rate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -46,7 +46,7 @@ DIGITS = {
 }
 
 
-def plan_arguments(**changes):
+def comparison_arguments(**changes):
     task = {"script": "image_classification", "learning_rate": 1e-3, "arguments": DIGITS}
     values = {
         "tasks": {"digits": task},
@@ -55,28 +55,28 @@ def plan_arguments(**changes):
         "num_learning_rates": 2,
         "sharpness": {"examples": 4, "lanczos_steps": 2, "trace_samples": 1},
     }
-    return PlanArguments(**(values | changes))
+    return ComparisonArguments(**(values | changes))
 
 
-# --- The plan
+# --- The settings
 
 
 def test_every_optimizer_gets_as_many_rates_and_gradients():
-    plan = make_plan(plan_arguments(optimizers=dict.fromkeys(BASELINES), num_learning_rates=3))
-    assert plan.learning_rates("digits", "adamw") == [0.000333, 0.001, 0.003]
-    assert plan.learning_rates("digits", "sgd") == [0.0333, 0.1, 0.3]
-    for optimizer in plan.optimizers:
-        assert len(plan.learning_rates("digits", optimizer)) == 3
-        cost = plan.optimizers[optimizer].baseline.gradients_per_step
-        assert plan.steps("digits", optimizer) * cost == 10
-    assert plan.steps("digits", "sam") == 5
+    comparison = make_comparison(comparison_arguments(optimizers=dict.fromkeys(BASELINES), num_learning_rates=3))
+    assert comparison.learning_rates("digits", "adamw") == [0.000333, 0.001, 0.003]
+    assert comparison.learning_rates("digits", "sgd") == [0.0333, 0.1, 0.3]
+    for optimizer in comparison.optimizers:
+        assert len(comparison.learning_rates("digits", optimizer)) == 3
+        cost = comparison.optimizers[optimizer].baseline.gradients_per_step
+        assert comparison.steps("digits", optimizer) * cost == 10
+    assert comparison.steps("digits", "sam") == 5
 
 
 def test_a_changed_setting_makes_another_run():
     keys = set()
     for changes in ({}, {"switch_fraction": 0.5}, {"sharpness": {"examples": 8}}):
-        plan = make_plan(plan_arguments(**changes))
-        keys |= {run.key for run in plan.final_runs("digits", "dualadam", 1e-3)}
+        comparison = make_comparison(comparison_arguments(**changes))
+        keys |= {run.key for run in comparison.final_runs("digits", "dualadam", 1e-3)}
     assert len(keys) == 3 * 2
 
 
@@ -98,30 +98,34 @@ def test_a_changed_setting_makes_another_run():
 )
 def test_bad_plans_are_refused_with_the_place(changes, message):
     with pytest.raises(InputError, match=message):
-        make_plan(plan_arguments(**changes))
+        make_comparison(comparison_arguments(**changes))
 
 
 # --- Sharing
 
 
-def fake_execute(plan, log, pause=0.0):
+def fake_execute(comparison, log, pause=0.0):
     def execute(run):
         time.sleep(pause)
         with log.open("a") as file:
             file.write(run.key + "\n")
-        row = plan.empty_row(run) | {"status": "ok", "selection_metric": run.learning_rate, "selection_loss": 1.0}
+        row = comparison.empty_row(run) | {
+            "status": "ok",
+            "selection_metric": run.learning_rate,
+            "selection_loss": 1.0,
+        }
         return {"row": row, "curves": [], "wall_seconds": pause}
 
     return execute
 
 
-def open_study(plan, folder, **kwargs):
-    return Study(plan, RunQueue(open_storage(str(folder / "journal.log")), plan.name, **kwargs))
+def open_study(comparison, folder, **kwargs):
+    return Study(comparison, RunQueue(open_storage(str(folder / "journal.log")), comparison.name, **kwargs))
 
 
-def hang_in_second(plan, log):
+def hang_in_second(comparison, log):
     """The first run goes well; the second says that it has begun, and never ends."""
-    execute, done = fake_execute(plan, log), []
+    execute, done = fake_execute(comparison, log), []
 
     def hang(run):
         if done:
@@ -142,12 +146,12 @@ def wait_for(happened):
 
 
 def test_killed_workers_leave_nothing_to_clean_up(tmp_path):
-    plan = make_plan(plan_arguments())
+    comparison = make_comparison(comparison_arguments())
     log = tmp_path / "log"
     context = multiprocessing.get_context("fork")
 
     def work(execute):
-        for _ in open_study(plan, tmp_path, pulse=0.4, patience=5.0).work(execute):
+        for _ in open_study(comparison, tmp_path, heartbeat=0.4, patience=5.0).work(execute):
             pass
 
     def start(execute):
@@ -156,19 +160,19 @@ def test_killed_workers_leave_nothing_to_clean_up(tmp_path):
             worker.start()
         return workers
 
-    killed = start(hang_in_second(plan, log))
+    killed = start(hang_in_second(comparison, log))
     wait_for(lambda: len(list(tmp_path.glob("hangs-*"))) == len(killed))
     for worker in killed:
         os.kill(worker.pid, signal.SIGKILL)
         worker.join()
-    assert len(log.read_text().splitlines()) == len(killed) < plan.size()
-    for worker in start(fake_execute(plan, log, pause=0.05)):
+    assert len(log.read_text().splitlines()) == len(killed) < comparison.size()
+    for worker in start(fake_execute(comparison, log, pause=0.05)):
         worker.join(60)
         assert worker.exitcode == 0
-    study = open_study(plan, tmp_path)
+    study = open_study(comparison, tmp_path)
     results = study.queue.results()
     assert set(results) == {run.key for run in study.known_runs(results)}
-    assert len(results) == plan.size() == 3 * (2 + 2)
+    assert len(results) == comparison.size() == 3 * (2 + 2)
     assert sorted(log.read_text().splitlines()) == sorted(results)  # each finished run was done once
 
 
@@ -186,13 +190,13 @@ def test_a_worker_killed_while_it_writes_keeps_nobody_waiting(tmp_path):
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
     start = time.monotonic()
-    RunQueue(open_storage(address), "plan").add(["run"])
+    RunQueue(open_storage(address), "comparison").add(["run"])
     assert time.monotonic() - start < 20  # Optuna's own lock is held for 30 seconds more
 
 
 def test_an_interrupt_hands_the_run_back(tmp_path):
-    plan = make_plan(plan_arguments())
-    study = open_study(plan, tmp_path)
+    comparison = make_comparison(comparison_arguments())
+    study = open_study(comparison, tmp_path)
 
     def interrupted(run):
         raise KeyboardInterrupt
@@ -201,39 +205,39 @@ def test_an_interrupt_hands_the_run_back(tmp_path):
         next(study.work(interrupted))
     assert study.queue.running_count() == 0 and not study.queue.results()
     started = time.monotonic()
-    assert len(list(study.work(fake_execute(plan, tmp_path / "log")))) == plan.size()
+    assert len(list(study.work(fake_execute(comparison, tmp_path / "log")))) == comparison.size()
     assert time.monotonic() - started < 20  # no waiting for the patience of a lost run
 
 
 def test_a_run_that_kills_its_workers_is_given_up(tmp_path):
-    plan = make_plan(plan_arguments())
-    queue = open_study(plan, tmp_path, pulse=60, patience=0.0).queue
-    key = plan.selection_runs("digits", "adamw")[0].key
+    comparison = make_comparison(comparison_arguments())
+    queue = open_study(comparison, tmp_path, heartbeat=60, patience=0.0).queue
+    key = comparison.selection_runs("digits", "adamw")[0].key
     queue.add([key])
-    for _ in range(MAX_LOSSES):
+    for _ in range(MAX_CRASHES):
         assert queue.claim([key]) == key
         queue.reclaim()
         time.sleep(0.01)
         assert queue.reclaim() == [key]
-    study = Study(plan, queue)
-    for run, results in study.work(fake_execute(plan, tmp_path / "log")):
+    study = Study(comparison, queue)
+    for run, results in study.work(fake_execute(comparison, tmp_path / "log")):
         if run.key == key:
             break
-    assert results[key]["row"]["status"] == f"crashed: took its worker down {MAX_LOSSES} times"
+    assert results[key]["row"]["status"] == f"crashed: its worker died {MAX_CRASHES} times"
 
 
 def test_the_rate_with_the_best_selection_metric_is_chosen():
-    plan = make_plan(plan_arguments(num_learning_rates=3))
-    runs = plan.selection_runs("digits", "adamw")
+    comparison = make_comparison(comparison_arguments(num_learning_rates=3))
+    runs = comparison.selection_runs("digits", "adamw")
     rows = [
         {"status": "ok", "selection_metric": 0.5, "selection_loss": 1.0},
         {"status": "ok", "selection_metric": 0.5, "selection_loss": 0.9},
         {"status": "diverged", "selection_metric": 0.9, "selection_loss": None},
     ]
     results = {run.key: {"row": row} for run, row in zip(runs, rows)}
-    assert chosen_learning_rate(plan, "digits", "adamw", results) == runs[1].learning_rate
+    assert chosen_learning_rate(comparison, "digits", "adamw", results) == runs[1].learning_rate
     del results[runs[2].key]
-    assert chosen_learning_rate(plan, "digits", "adamw", results) is None
+    assert chosen_learning_rate(comparison, "digits", "adamw", results) is None
 
 
 # --- Optimizers and data
@@ -362,7 +366,7 @@ def test_intervals_leave_gaps_out():
 def finished(tmp_path_factory):
     """A comparison with an optimizer that diverges and one that cannot be built."""
     folder = tmp_path_factory.mktemp("compare")
-    plan = {
+    comparison = {
         "tasks": {"digits": {"script": "image_classification", "learning_rate": 1e-3, "arguments": DIGITS}},
         "optimizers": {
             "adamw": None,
@@ -376,7 +380,7 @@ def finished(tmp_path_factory):
         "num_learning_rates": 1,
         "sharpness": {"examples": 4, "lanczos_steps": 2, "trace_samples": 1},
     }
-    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    (folder / "plan.yaml").write_text(yaml.safe_dump(comparison))
     compare_optimizers.main([str(folder / "plan.yaml"), "--output_dir", str(folder / "out")])
     return folder
 

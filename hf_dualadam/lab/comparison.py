@@ -74,7 +74,7 @@ class SharpnessSetting:
 
 
 @dataclass
-class PlanArguments:
+class ComparisonArguments:
     """The keys of a comparison's YAML file.
 
     ``tasks`` maps names to :class:`TaskSetting`'s keys, ``optimizers`` maps names to nothing or to
@@ -104,7 +104,7 @@ class PlanArguments:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """One run of a comparison.
 
     Attributes:
@@ -130,8 +130,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checked comparison; the attributes are those of :class:`PlanArguments`, as settings."""
+class Comparison:
+    """A checked comparison; the attributes are those of :class:`ComparisonArguments`, as settings."""
 
     name: str
     question: str
@@ -156,7 +156,7 @@ class Plan:
             1, self.tasks[task].arguments["max_steps"] // self.optimizers[optimizer].baseline.gradients_per_step
         )
 
-    def run(self, task: str, optimizer: str, learning_rate: float, seed: int, role: str) -> Run:
+    def run(self, task: str, optimizer: str, learning_rate: float, seed: int, role: str) -> RunSpec:
         """One run with its digest."""
         settings: dict[str, Any] = {
             "task": dataclasses.asdict(self.tasks[task]),
@@ -165,9 +165,9 @@ class Plan:
         if role == "final":
             settings["sharpness"] = dataclasses.asdict(self.sharpness)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        return Run(task, optimizer, learning_rate, seed, role, digest)
+        return RunSpec(task, optimizer, learning_rate, seed, role, digest)
 
-    def selection_runs(self, task: str, optimizer: str) -> list[Run]:
+    def selection_runs(self, task: str, optimizer: str) -> list[RunSpec]:
         """The runs that choose the learning rate of one optimizer on one task."""
         return [
             self.run(task, optimizer, rate, seed, "selection")
@@ -175,11 +175,11 @@ class Plan:
             for seed in self.selection_seeds
         ]
 
-    def final_runs(self, task: str, optimizer: str, learning_rate: float) -> list[Run]:
+    def final_runs(self, task: str, optimizer: str, learning_rate: float) -> list[RunSpec]:
         """The runs at the chosen learning rate."""
         return [self.run(task, optimizer, learning_rate, seed, "final") for seed in self.seeds]
 
-    def empty_row(self, run: Run) -> dict[str, Any]:
+    def empty_row(self, run: RunSpec) -> dict[str, Any]:
         """The run's row of the results, by column of :data:`COLUMNS`, before it has run."""
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
         row |= {name: getattr(run, name) for name in ("task", "optimizer", "learning_rate", "seed", "role")}
@@ -199,14 +199,14 @@ class Plan:
         return sum(self.runs_per_pair().values()) * len(self.pairs())
 
 
-def make_plan(args: PlanArguments) -> Plan:
+def make_comparison(args: ComparisonArguments) -> Comparison:
     """Check a comparison's arguments.
 
     Args:
         args: as read from YAML.
 
     Returns:
-        The plan.
+        The comparison.
 
     Raises:
         InputError: an unknown key, a value of the wrong type or out of range, nothing to compare.
@@ -217,7 +217,7 @@ def make_plan(args: PlanArguments) -> Plan:
     _check(bool(args.selection_seeds), "selection_seeds", args.selection_seeds, "at least one number")
     _check(args.num_learning_rates >= 1, "num_learning_rates", args.num_learning_rates, "at least 1")
     _check(args.learning_rate_factor > 1, "learning_rate_factor", args.learning_rate_factor, "above 1")
-    return Plan(
+    return Comparison(
         name=args.name,
         question=args.question,
         tasks={name: _build(TaskSetting, value, f"tasks.{name}") for name, value in args.tasks.items()},

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .plan import CURVE_COLUMNS
-from .statistics import mean_interval
+from .comparison import CURVE_COLUMNS
+from .significance import mean_interval
 
 MARKERS = "osD^vP*X<>"
 LINES = ("-", "--", "-.", ":")

@@ -1,8 +1,8 @@
 """Shares the runs of a comparison between processes and machines, through an Optuna storage.
 
-Optuna holds one trial a run and hands each to one worker. Two rules on top of it make everything else unnecessary: a
-run's trial is the first one with its key that is not lost (so two workers may both add the same run), and a running
-trial whose pulse has stopped is lost (so killed workers leave nothing to clean up).
+Optuna holds one trial per run and gives each to one worker. Two rules on top of it do the rest: the trial of a run is
+the first one with its key that is not lost (so two workers may both add the same run), and a running trial whose
+heartbeat has stopped is lost (so killed workers leave nothing to clean up).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 RESULT = "result"
-MAX_LOSSES = 5  # a run that took its worker down this often is not tried again
+MAX_CRASHES = 5  # a run that crashed its worker this many times is not tried again
 
 
 def open_storage(address: str) -> BaseStorage:
@@ -47,15 +47,15 @@ class RunQueue:
     Args:
         storage: shared by all workers.
         name: of the comparison; a storage can hold several.
-        pulse: seconds between signs of life of a running trial.
+        heartbeat: seconds between heartbeats of a running trial.
         patience: seconds without one after which it is lost; clocks of different machines are never compared.
     """
 
-    def __init__(self, storage: BaseStorage, name: str, pulse: float = 5.0, patience: float = 45.0):
-        self.storage, self.pulse, self.patience = storage, pulse, patience
+    def __init__(self, storage: BaseStorage, name: str, heartbeat: float = 5.0, patience: float = 45.0):
+        self.storage, self.heartbeat, self.patience = storage, heartbeat, patience
         self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         self._study_id = storage.get_study_id_from_name(name)
-        self._pulses: dict[int, tuple[Any, float]] = {}  # trial number -> last pulse seen, and when by our clock
+        self._heartbeats: dict[int, tuple[Any, float]] = {}  # trial number -> last one seen, and when by our clock
 
     def trials(self) -> dict[str, FrozenTrial]:
         """The trial that counts for each run, by key."""
@@ -78,7 +78,7 @@ class RunQueue:
                 self.study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"key": key}))
 
     def claim(self, keys: Iterable[str]) -> str | None:
-        """Take the first of ``keys`` that waits for a worker; None where none does."""
+        """Take the first of ``keys`` that waits for a worker; None if there is none."""
         trials = self.trials()
         for key in keys:
             trial = trials.get(key)
@@ -91,30 +91,30 @@ class RunQueue:
 
     @contextlib.contextmanager
     def running(self, key: str) -> Iterator[None]:
-        """Give signs of life for a claimed run; an interrupt hands the run back."""
+        """Send heartbeats for a claimed run; an interrupt puts the run back into the queue."""
         trial_id = self._id(self.trials()[key])
         stop = threading.Event()
 
         def beat() -> None:
             count = 0
-            while not stop.wait(self.pulse):
+            while not stop.wait(self.heartbeat):
                 count += 1
                 with contextlib.suppress(UpdateFinishedTrialError):
-                    self.storage.set_trial_user_attr(trial_id, "pulse", count)
+                    self.storage.set_trial_user_attr(trial_id, "heartbeat", count)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
             yield
         except BaseException:
-            self._lose(trial_id, key)
+            self._put_back(trial_id, key)
             raise
         finally:
             stop.set()
             thread.join()
 
     def finish(self, key: str, result: Any, value: float | None) -> None:
-        """Store a claimed run's result, also where the run was given up for lost meanwhile; the first result stays.
+        """Store a claimed run's result, also if it was taken for lost meanwhile; the first result stays.
 
         Args:
             key: the run.
@@ -133,17 +133,17 @@ class RunQueue:
         for key, trial in self.trials().items():
             if trial.state != TrialState.RUNNING or RESULT in trial.user_attrs:
                 continue
-            pulse = trial.user_attrs.get("pulse")
-            seen, since = self._pulses.get(trial.number, (None, None))
-            if since is None or seen != pulse:
-                self._pulses[trial.number] = (pulse, now)
+            heartbeat = trial.user_attrs.get("heartbeat")
+            seen, since = self._heartbeats.get(trial.number, (None, None))
+            if since is None or seen != heartbeat:
+                self._heartbeats[trial.number] = (heartbeat, now)
             elif now - since > self.patience:
-                self._lose(self._id(trial), key)
+                self._put_back(self._id(trial), key)
                 lost.append(key)
         return lost
 
-    def losses(self, key: str) -> int:
-        """How often the run was lost."""
+    def crashes(self, key: str) -> int:
+        """How many times the run crashed its worker."""
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         return sum(trial.user_attrs["key"] == key and RESULT not in trial.user_attrs for trial in trials)
 
@@ -152,7 +152,7 @@ class RunQueue:
         trials = self.trials().values()
         return sum(trial.state == TrialState.RUNNING and RESULT not in trial.user_attrs for trial in trials)
 
-    def _lose(self, trial_id: int, key: str) -> None:
+    def _put_back(self, trial_id: int, key: str) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):
             self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
         self.add([key])

@@ -22,7 +22,7 @@ from ..finetuning import glue, images
 from ..finetuning.config import InputError, from_values
 from ..finetuning.models import ModelArguments
 from ..finetuning.training import Task, run
-from .plan import COLUMNS, SHARE_POINTS, Plan, Run, TaskSetting
+from .comparison import COLUMNS, SHARE_POINTS, Comparison, RunSpec, TaskSetting
 from .sharpness import measure_sharpness
 
 SPLIT_SEED = 0  # of the selection split, the label noise and the examples for sharpness: the same in all runs
@@ -31,22 +31,22 @@ EVALUATIONS = 5  # on the selection split during a final run, for the curves
 
 
 class Laboratory:
-    """Executes the runs of a plan; loads each task once.
+    """Executes the runs of a comparison; loads each task once.
 
     Args:
-        plan: what is compared.
+        comparison: what is compared.
         data_root: folder that ``data_dir`` of a task is relative to.
     """
 
-    def __init__(self, plan: Plan, data_root: Path = Path()):
-        self.plan, self.data_root = plan, data_root
+    def __init__(self, comparison: Comparison, data_root: Path = Path()):
+        self.comparison, self.data_root = comparison, data_root
         self._tasks: dict[str, tuple[Task, Dataset, dict[str, Any]]] = {}
 
     def metric(self, name: str) -> str:
         """Name of the task's metric.
 
         Raises:
-            InputError: the task cannot be had as the plan says.
+            InputError: the task cannot be loaded as the file says.
         """
         return self._task(name)[0].main_metric
 
@@ -57,7 +57,7 @@ class Laboratory:
         examples = {"train": task.train_dataset, "selection": selection, "heldout": held_out}
         return {f"{split}_examples": len(rows) for split, rows in examples.items()} | {"majority": task.baseline}
 
-    def execute(self, spec: Run) -> dict[str, Any]:
+    def execute(self, spec: RunSpec) -> dict[str, Any]:
         """Do one run. Whatever goes wrong ends up in the row's ``status``, and the process lives on.
 
         Args:
@@ -67,7 +67,7 @@ class Laboratory:
             ``row``: the figures by column of :data:`COLUMNS`, None where there is none; ``curves``: logged figures, a
             dict a step; ``wall_seconds``: duration with loading, evaluation and sharpness.
         """
-        started, row = time.monotonic(), self.plan.empty_row(spec)
+        started, row = time.monotonic(), self.comparison.empty_row(spec)
         curves: list[dict[str, float]] = []
         try:
             self._run(spec, row, curves)
@@ -77,9 +77,9 @@ class Laboratory:
         row = {name: _json_number(value) for name, value in row.items()}
         return {"row": row, "curves": curves, "wall_seconds": time.monotonic() - started}
 
-    def _run(self, spec: Run, row: dict[str, Any], curves: list[dict[str, float]]) -> None:
+    def _run(self, spec: RunSpec, row: dict[str, Any], curves: list[dict[str, float]]) -> None:
         task, selection, values = self._task(spec.task)
-        setting = self.plan.optimizers[spec.optimizer]
+        setting = self.comparison.optimizers[spec.optimizer]
         final = spec.role == "final"
         # The first data set is also evaluated while training, for the curves: never the held-out one.
         splits = {"_selection": selection, **(task.eval_datasets if final else {})}
@@ -105,11 +105,11 @@ class Laboratory:
         row |= {"seconds": finished.metrics["train_runtime"], "peak_memory_mb": memory.peak / 2**20}
         losses = [row[name] for name in ("selection_loss", "heldout_loss", "train_loss") if row[name] is not None]
         row["status"] = "ok" if not recorder.diverged and all(map(math.isfinite, losses)) else "diverged"
-        if final and row["status"] == "ok" and self.plan.sharpness.examples:
+        if final and row["status"] == "ok" and self.comparison.sharpness.examples:
             row |= self._sharpness(finished.trainer, task)
 
     def _sharpness(self, trainer, task: Task) -> dict[str, float]:
-        setting = self.plan.sharpness
+        setting = self.comparison.sharpness
         examples = task.train_dataset.select(range(min(setting.examples, len(task.train_dataset))))
         measured = measure_sharpness(
             trainer.model,
@@ -123,7 +123,7 @@ class Laboratory:
     def _task(self, name: str) -> tuple[Task, Dataset, dict[str, Any]]:
         if name not in self._tasks:
             try:
-                self._tasks[name] = _load_task(self.plan.tasks[name], self.data_root)
+                self._tasks[name] = _load_task(self.comparison.tasks[name], self.data_root)
             except InputError as error:
                 raise InputError(f"tasks.{name}: {error}") from None
             gc.freeze()  # modules and data stay: the collections after each run need not look through them
