@@ -47,9 +47,17 @@ class ImageArguments(DataArguments):
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the training images held out where there is no eval_split."}
     )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the images in pixels, for a new model whose configuration has none (ResNet)."},
+    )
     augment: bool = field(default=True, metadata={"help": "Crop (and flip) training images at random."})
     crop_min_scale: float = field(
         default=0.6, metadata={"help": "Smallest share of the image's area that a random crop keeps; 1 for no crop."}
+    )
+    crop_padding: int = field(
+        default=0,
+        metadata={"help": "Instead of crop_min_scale: pad by N pixels and crop at random, as is usual for CIFAR (4)."},
     )
     horizontal_flip: bool = field(
         default=False, metadata={"help": "Mirror half of the training images: right for photos, wrong for digits."}
@@ -69,6 +77,11 @@ class ImageArguments(DataArguments):
             raise InputError(f"train_val_split: {self.train_val_split} is out of range, between 0 and 1 is needed")
         if not 0 < self.crop_min_scale <= 1:
             raise InputError(f"crop_min_scale: {self.crop_min_scale} is out of range, above 0 and at most 1 is needed")
+
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"image_size: {self.image_size} is out of range, at least 1 is needed")
+        if self.crop_padding < 0:
+            raise InputError(f"crop_padding: {self.crop_padding} is out of range, at least 0 is needed")
 
     @property
     def folders(self) -> dict[str, str]:
@@ -93,19 +106,26 @@ class Images(NamedTuple):
 class ImageTransform:
     """Image -> pixel values (channels, height, width), with Pillow only.
 
-    Resized and normalised as the model's own image processor does it; while training, a random crop of at least
-    ``crop_min_scale`` of the area and at most 4:3 out of shape is resized instead. Random numbers come from torch,
-    whose state Trainer seeds, saves and restores.
+    Resized and normalized as the model's own image processor does it. For training, either a random crop of at least
+    ``crop_min_scale`` of the area, with an aspect ratio of at most 4:3, is resized instead; or the resized image is
+    padded by ``crop_padding`` black pixels and cropped at random. Random numbers come from torch, whose state Trainer
+    seeds, saves and restores.
 
     Args:
         processor: the model's image processor.
         config: the model's configuration: an image of one channel is grey, of three RGB.
         crop_min_scale: 1 for no crop.
+        crop_padding: in pixels of the resized image; 0 for none. Replaces ``crop_min_scale``.
         horizontal_flip: mirror half of the images.
     """
 
     def __init__(
-        self, processor: Any, config: PretrainedConfig, crop_min_scale: float = 1.0, horizontal_flip: bool = False
+        self,
+        processor: Any,
+        config: PretrainedConfig,
+        crop_min_scale: float = 1.0,
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
     ):
         size = dict(processor.size)
         self.shortest_edge = size.get("shortest_edge")
@@ -118,13 +138,17 @@ class ImageTransform:
         normalize = processor.do_normalize
         self.mean = np.asarray(processor.image_mean if normalize else 0.0, dtype=np.float32)
         self.std = np.asarray(processor.image_std if normalize else 1.0, dtype=np.float32)
-        self.crop_min_scale, self.horizontal_flip = crop_min_scale, horizontal_flip
+        self.crop_min_scale, self.crop_padding = 1.0 if crop_padding else crop_min_scale, crop_padding
+        self.horizontal_flip = horizontal_flip
 
     def __call__(self, image: PILImage.Image) -> torch.Tensor:
         """Transform one image."""
         image = image.convert(self.mode)
         box = self._random_box(image) if self.crop_min_scale < 1 else self._center_box(image)
         image = image.resize((self.width, self.height), self.resample, box=box)
+        if self.crop_padding:
+            left, top = torch.randint(-self.crop_padding, self.crop_padding + 1, (2,)).tolist()
+            image = image.crop((left, top, left + self.width, top + self.height))
         if self.horizontal_flip and torch.rand(()) < 0.5:
             image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
         pixels = np.asarray(image, dtype=np.float32).reshape(self.height, self.width, -1) / 255
@@ -182,7 +206,7 @@ def build(
     config = load_config(model_args)
     classes = _infer_classes(args, sources, config)
     order = model_order(classes, config)
-    processor = _load_processor(model_args, config)
+    processor = _load_processor(model_args, config, args.image_size)
     set_labels(config, order)
     prepared = {
         split: _prepare(source, args, classes, order, to_predict=split == "test") for split, source in sources.items()
@@ -198,7 +222,7 @@ def build(
     train, held_out = prepared.get("train"), prepared.get("validation")
     metric = LocalMetric(["accuracy"])
     plain = ImageTransform(processor, config)
-    changed = ImageTransform(processor, config, args.crop_min_scale, args.horizontal_flip)
+    changed = ImageTransform(processor, config, args.crop_min_scale, args.crop_padding, args.horizontal_flip)
     return Task(
         name=args.name,
         build_model=model_builder(model_args, config, AutoModelForImageClassification),
@@ -273,12 +297,18 @@ def _label_table(source: Images, column: str) -> Table:
     return Table(source.name, columns, data.class_names(dataset.features))
 
 
-def _load_processor(args: ModelArguments, config: PretrainedConfig) -> Any:
+def _load_processor(args: ModelArguments, config: PretrainedConfig, image_size: int | None) -> Any:
     """The pretrained model's image processor, or a plain one for a new model: its size, values from -1 to 1."""
+    own_size = getattr(config, "image_size", None)
+    if image_size is not None and (args.model_name_or_path or own_size is not None):
+        raise InputError("image_size: only for a new model whose configuration has none; this one has its own")
     if args.model_name_or_path:
         with loading("model_name_or_path", args.model_name_or_path):
             return AutoImageProcessor.from_pretrained(args.model_name_or_path, **args.hub_kwargs)
-    size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+    size = own_size or image_size
+    if size is None:
+        raise InputError(f"image_size: missing, and the configuration of {config.model_type} has none")
+    size = size if isinstance(size, list | tuple) else (size, size)
     halves = [0.5] * config.num_channels
     return ViTImageProcessor(size={"height": size[0], "width": size[1]}, image_mean=halves, image_std=halves)
 

@@ -168,7 +168,9 @@ class Comparison:
         return RunSpec(task, optimizer, learning_rate, seed, role, digest)
 
     def selection_runs(self, task: str, optimizer: str) -> list[RunSpec]:
-        """The runs that choose the learning rate of one optimizer on one task."""
+        """The runs that choose the learning rate of one optimizer on one task; none where there is only one rate."""
+        if self.num_learning_rates == 1:
+            return []
         return [
             self.run(task, optimizer, rate, seed, "selection")
             for rate in self.learning_rates(task, optimizer)
@@ -192,7 +194,8 @@ class Comparison:
 
     def runs_per_pair(self) -> dict[str, int]:
         """Number of runs of one optimizer on one task, by role."""
-        return {"selection": self.num_learning_rates * len(self.selection_seeds), "final": len(self.seeds)}
+        selection = self.num_learning_rates * len(self.selection_seeds) if self.num_learning_rates > 1 else 0
+        return {"selection": selection, "final": len(self.seeds)}
 
     def size(self) -> int:
         """Number of runs, both roles."""

@@ -221,7 +221,10 @@ def _load_task(setting: TaskSetting, data_root: Path) -> tuple[Task, Dataset, di
     task = script.build(*from_values((data_cls, ModelArguments), own))
     task, selection = _carve(task, setting)
     task = dataclasses.replace(task, eval_view=_in_memory(task.eval_view))
-    if not own.get("augment", setting.script == "image_classification"):
+    if own.get("augment", setting.script == "image_classification"):
+        decoded = _in_memory(lambda dataset: dataset)  # only the augmentation is done anew for each epoch
+        task = dataclasses.replace(task, train_view=lambda dataset, view=task.train_view: view(decoded(dataset)))
+    else:
         task = dataclasses.replace(task, train_view=_in_memory(task.train_view))
     training = {name: value for name, value in values.items() if name not in names}
     ours = sorted({"learning_rate", "optim", "optim_args", "seed", "output_dir"} & set(training))

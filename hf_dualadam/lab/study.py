@@ -95,7 +95,7 @@ class Study:
 def chosen_learning_rate(comparison: Comparison, task: str, optimizer: str, results: Results) -> float | None:
     """The rate with the best mean selection metric, ties broken by the loss; None while selection runs are missing.
 
-    Runs that diverged or crashed count as the worst.
+    Runs that diverged or crashed count as the worst. A single rate needs no selection.
     """
     runs = comparison.selection_runs(task, optimizer)
     if any(run.key not in results for run in runs):

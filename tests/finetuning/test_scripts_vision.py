@@ -125,6 +125,20 @@ def test_crops_keep_the_share_asked_for():
     assert (width * height).min() >= 0.5 * 1600 * 0.85  # a crop cut off at the border is a little smaller
 
 
+def test_padded_crops_shift_the_image_and_fill_with_black():
+    processor, config = ViTImageProcessor(size={"height": 8, "width": 8}), ViTConfig(**VIT)
+    plain = images.ImageTransform(processor, config)
+    shifting = images.ImageTransform(processor, config, crop_padding=2)
+    image = picture(0, (8, 8))
+    padded = torch.full((3, 12, 12), -1.0)
+    padded[:, 2:10, 2:10] = plain(image)
+    allowed = [padded[:, top : top + 8, left : left + 8] for top in range(5) for left in range(5)]
+    torch.manual_seed(0)
+    crops = [shifting(image) for _ in range(200)]
+    seen = {next(i for i, part in enumerate(allowed) if torch.equal(part, crop)) for crop in crops}
+    assert seen == set(range(25))
+
+
 def test_shortest_edge_processors_crop_the_centre():
     processor = ViTImageProcessor(size={"shortest_edge": 8})
     transform = images.ImageTransform(processor, ViTConfig(**VIT))

@@ -240,6 +240,12 @@ def test_the_rate_with_the_best_selection_metric_is_chosen():
     assert chosen_learning_rate(comparison, "digits", "adamw", results) is None
 
 
+def test_a_single_rate_needs_no_selection_runs():
+    comparison = make_comparison(comparison_arguments(num_learning_rates=1))
+    assert comparison.selection_runs("digits", "adamw") == [] and comparison.size() == 3 * 2
+    assert chosen_learning_rate(comparison, "digits", "adamw", {}) == 1e-3
+
+
 # --- Optimizers and data
 
 
@@ -377,7 +383,7 @@ def finished(tmp_path_factory):
             "radam": {"optim_args": {"no_such_option": 1}},
         },
         "seeds": [0, 1],
-        "num_learning_rates": 1,
+        "num_learning_rates": 2,
         "sharpness": {"examples": 4, "lanczos_steps": 2, "trace_samples": 1},
     }
     (folder / "plan.yaml").write_text(yaml.safe_dump(comparison))
@@ -388,7 +394,7 @@ def finished(tmp_path_factory):
 def test_all_runs_are_in_the_results(finished):
     runs = pd.read_csv(finished / "out" / "results.csv")
     assert tuple(runs.columns) == COLUMNS
-    assert len(runs) == 6 * (1 + 2)
+    assert len(runs) == 6 * (2 + 2)
     status = runs.groupby("optimizer")["status"].unique()
     assert list(status["sgd"]) == ["diverged"]
     assert all(text.startswith("crashed: InputError: RAdam.__init__") for text in status["radam"])
@@ -409,7 +415,7 @@ def test_the_report_is_complete(finished):
     for part in ("**Question.**", "## Answer", "## Protocol", "## digits", "## Runs that failed", "Versions:"):
         assert part in report
     assert "no difference to adamw shown" in report or "than adamw by" in report
-    assert "\n6 of 18.\n" in report  # the failed runs
+    assert "\n8 of 24.\n" in report  # the failed runs
     pictures = [line.split("](")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
     assert len(pictures) == 10 and all((finished / "out" / name).stat().st_size > 5000 for name in pictures)
 
