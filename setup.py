@@ -122,7 +122,17 @@ setup(
     },
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    keywords=["optimizer", "Adam", "AdamW", "DualAdam", "InvAdam", "flat minima", "PyTorch", "Transformers", "Trainer"],
+    keywords=[
+        "optimizer",
+        "Adam",
+        "AdamW",
+        "DualAdam",
+        "InvAdam",
+        "flat minima",
+        "PyTorch",
+        "Transformers",
+        "Trainer",
+    ],
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

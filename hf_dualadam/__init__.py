@@ -1,12 +1,27 @@
 """DualAdam and InvAdam for PyTorch and the Hugging Face Trainer.
 
-Importing this package makes ``TrainingArguments(optim="dualadam")`` and ``optim="invadam"`` valid.
+Where transformers is installed, importing this package makes ``TrainingArguments(optim="dualadam")`` and
+``optim="invadam"`` valid.
 """
 
 from .optimizers import DualAdam, InvAdam
-from .trainer import register
 
 __version__ = "0.1.0"
 __all__ = ["DualAdam", "InvAdam", "register"]
 
-register()
+try:
+    from .trainer import register
+except ModuleNotFoundError as error:
+    if error.name != "transformers":  # installed but broken: not to be hidden
+        raise
+
+    def register() -> None:
+        """Refuse: there is no Trainer to register with.
+
+        Raises:
+            ImportError: always.
+        """
+        raise ImportError("Registering with Trainer needs transformers: pip install transformers")
+
+else:
+    register()

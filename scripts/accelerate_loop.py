@@ -8,6 +8,10 @@ A small network learns the 8x8 digits of scikit-learn: 1,437 images to train on,
 
 import argparse
 
+from hf_dualadam.extras import require_or_exit
+
+require_or_exit("finetune")
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed

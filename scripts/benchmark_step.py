@@ -33,6 +33,7 @@ from torch import Tensor
 
 import hf_dualadam
 from hf_dualadam import DualAdam
+from hf_dualadam.extras import require_or_exit
 
 MODELS = {  # the shapes of a model come from its configuration; no weights are made
     "minilm": ("bert", {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}),
@@ -319,6 +320,8 @@ def parse() -> argparse.Namespace:
     for name in ("threads", "rounds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"Invalid --{name}: {getattr(args, name)} - should be 1 or more.")
+    if args.scaling:
+        require_or_exit("finetune")  # it plots
     return args
 
 

@@ -22,6 +22,10 @@ from pathlib import Path
 # reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from hf_dualadam.extras import require_or_exit
+
+require_or_exit("compare")
+
 from filelock import FileLock
 
 from hf_dualadam import __version__

@@ -33,6 +33,10 @@ import statistics
 import sys
 from pathlib import Path
 
+from hf_dualadam.extras import require_or_exit
+
+require_or_exit("finetune")
+
 import matplotlib
 import torch
 

@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hf_dualadam.extras import require_or_exit
+
+require_or_exit("compare")
+
 import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader

@@ -9,9 +9,14 @@ holds texts separated by blank lines. TRL trains (extra [clm]), so its options o
 completion_only_loss and so on; use_peft=true trains LoRA adapters, load_in_4bit=true on a 4-bit base (bitsandbytes).
 """
 
+from hf_dualadam.extras import require_or_exit
+
+require_or_exit("clm")
+
 import torch
 
-from hf_dualadam.finetuning.config import InputError, parse, run_main, training_defaults
+from hf_dualadam.finetuning import clm
+from hf_dualadam.finetuning.config import parse, run_main, training_defaults
 from hf_dualadam.finetuning.models import ModelArguments
 from hf_dualadam.finetuning.training import RunArguments, check_output_dir, run, splits_needed, summary
 
@@ -24,10 +29,6 @@ def defaults(given):
 
 
 def main(argv=None):
-    try:
-        from hf_dualadam.finetuning import clm
-    except ImportError as error:
-        raise InputError(f'{error}: pip install "hf_dualadam[clm]"') from error
     model_args, trl_args, clm_args, run_args, args = parse(
         (ModelArguments, clm.ModelConfig, clm.ClmArguments, RunArguments, clm.SFTConfig),
         argv,

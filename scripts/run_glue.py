@@ -8,6 +8,10 @@ embedded/minilm (extra [quickstart]) is fine-tuned; without do_train, do_eval an
 are done; optim defaults to dualadam with an inverse phase of a tenth of the steps.
 """
 
+from hf_dualadam.extras import require_or_exit
+
+require_or_exit("finetune")
+
 from transformers import TrainingArguments
 
 from hf_dualadam.finetuning import glue

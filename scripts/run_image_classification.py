@@ -8,6 +8,10 @@ and do_predict, training and evaluation are done; optim defaults to dualadam wit
 steps. Pillow is enough: torchvision is never needed.
 """
 
+from hf_dualadam.extras import require_or_exit
+
+require_or_exit("finetune")
+
 from transformers import TrainingArguments
 
 from hf_dualadam.finetuning import images

@@ -6,12 +6,12 @@ both in place, and fails loudly where a release has moved them.
 
 from __future__ import annotations
 
+import enum
 import functools
 from typing import Any
 
 import transformers
-from transformers.trainer_callback import CallbackHandler
-from transformers.training_args import OptimizerNames
+from transformers import trainer_callback, training_args
 
 from ..optimizers import OPTIMIZERS, DualAdam
 from .callback import DualAdamCallback
@@ -56,17 +56,17 @@ def register() -> None:
     """
     try:
         for name in OPTIMIZERS:
-            _extend_enum(OptimizerNames, name.upper(), name)
+            _extend_enum(training_args.OptimizerNames, name.upper(), name)
         _add_handlers()
         _add_callback()
     except (AttributeError, TypeError, ImportError) as error:
         raise ImportError(
-            f"hf_dualadam cannot register its optimizers with transformers {transformers.__version__} ({error}); "
-            "DualAdam still works through Trainer(optimizer_cls_and_kwargs=...)."
+            f"hf_dualadam cannot register its optimizers with transformers {transformers.__version__} ({error}): "
+            "install transformers 4.57 to 5.x."
         ) from error
 
 
-def _extend_enum(cls: type[OptimizerNames], name: str, value: str) -> None:
+def _extend_enum(cls: type[enum.Enum], name: str, value: str) -> None:
     """Add a member to an enum in place; a member of that value stays as it is."""
     if value in cls._value2member_map_:
         return
@@ -118,7 +118,7 @@ def _add_callback() -> None:
     It goes first in the list, so that the reporting integrations after it see what it adds to the logs; Trainer's own
     list of default callbacks would do as well, but importing it costs 4 seconds.
     """
-    original = CallbackHandler.__init__
+    original = trainer_callback.CallbackHandler.__init__
     if hasattr(original, "_adds_dualadam"):
         return
 
@@ -129,4 +129,4 @@ def _add_callback() -> None:
             self.callbacks.insert(0, DualAdamCallback())
 
     __init__._adds_dualadam = True
-    CallbackHandler.__init__ = __init__
+    trainer_callback.CallbackHandler.__init__ = __init__
