@@ -65,6 +65,7 @@ EXTRAS = {
     "finetune": [
         "datasets",
         "evaluate",
+        "filelock",
         "matplotlib",
         "numpy",
         "pillow",
@@ -79,7 +80,6 @@ EXTRAS = {
     "clm": ["hf_dualadam[finetune]", "peft", "trl"],
     "compare": [
         "hf_dualadam[finetune]",
-        "filelock",
         "hessian-eigenthings>=1.0.0a5",
         "optuna",
         "pandas",

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 _FINETUNE = (
     "datasets",
     "evaluate",
+    "filelock",
     "matplotlib",
     "numpy",
     "PIL",
@@ -25,7 +26,6 @@ MODULES = {
     "clm": (*_FINETUNE, "peft", "trl"),
     "compare": (
         *_FINETUNE,
-        "filelock",
         "hessian_eigenthings",
         "optuna",
         "pandas",

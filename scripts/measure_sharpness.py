@@ -2,17 +2,20 @@
 
     python scripts/measure_sharpness.py outputs/sst2 --script glue --task_name sst2 --data_dir path/to/sst2
     python scripts/measure_sharpness.py outputs/vit --script image_classification --data_dir path/to/images
+    python scripts/measure_sharpness.py outputs/clm --script clm --train_file path/to/texts.txt
 
-CHECKPOINT is any folder that ``from_pretrained`` loads; the data options are those of run_glue.py or
-run_image_classification.py. Writes sharpness.json and loss_slice.png next to the model, or to --output_dir: loss,
-largest Hessian eigenvalue, trace, loss rise in a ball, and the loss along the top eigenvector and a random direction.
+CHECKPOINT is a folder written by a script or by ``save_pretrained``: a model, or an adapter (whose weights alone are
+then measured). The data options are those of the script that ``--script`` names. Writes sharpness.json and
+loss_slice.png next to the model, or to --output_dir: loss, largest Hessian eigenvalue, trace, loss rise in a ball, and
+the loss along the top eigenvector and a random direction, all in float32.
 """
 
+import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from hf_dualadam.extras import require_or_exit
 
@@ -20,25 +23,35 @@ require_or_exit("compare")
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
-from hf_dualadam.finetuning import glue, images
 from hf_dualadam.finetuning.config import InputError, parse, run_main
 from hf_dualadam.finetuning.models import ModelArguments
+from hf_dualadam.finetuning.tasks import KINDS, task_kind
+from hf_dualadam.finetuning.training import check_writable, make_trainer, refuse_several_processes
 from hf_dualadam.lab.sharpness import loss_slice, measure_sharpness
 
-BUILDERS = {"glue": (glue.GlueArguments, glue.build), "image_classification": (images.ImageArguments, images.build)}
 POINTS = 21
+# Two Lanczos steps are the least for a curvature along more than one direction; thousands lose orthogonality.
+RANGES = {
+    "examples": (1, 2**31),
+    "batch_size": (1, 2**31),
+    "lanczos_steps": (2, 1000),
+    "trace_samples": (1, 100_000),
+    "rho": (1e-6, 1e3),
+    "slice_radius": (1e-6, 1e3),
+}
+
+
+NOT_TRAINED = {"report_to": "none", "disable_tqdm": True, "bf16": False, "gradient_checkpointing": False}
 
 
 @dataclass
 class SharpnessArguments:
     """What is measured, and where the results go."""
 
-    script: Literal["glue", "image_classification"] = field(
-        default="glue", metadata={"help": "Whose data options are given."}
-    )
-    split: Literal["train", "validation"] = field(default="train", metadata={"help": "Whose loss is measured."})
+    script: str = field(default="glue", metadata={"help": f"Whose data options are given: {', '.join(KINDS)}."})
+    split: str = field(default="train", metadata={"help": "Whose loss is measured: train or validation."})
     examples: int = field(default=256, metadata={"help": "Number of examples, the first of the split."})
     batch_size: int = field(default=32, metadata={"help": "Examples at a time; changes memory, not results."})
     rho: float = field(default=0.05, metadata={"help": "Radius of the ball."})
@@ -49,9 +62,11 @@ class SharpnessArguments:
 
     def __post_init__(self):
         """Check the ranges."""
-        for name in ("examples", "batch_size", "lanczos_steps", "trace_samples", "rho", "slice_radius"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}: {getattr(self, name)} - should be above 0")
+        if self.split not in ("train", "validation"):
+            raise InputError(f"split: {self.split!r} is not one of train, validation")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name}: {getattr(self, name)} is out of range, {low:g} to {high:g} is needed")
 
 
 def draw(distances, slices, path, title):
@@ -65,33 +80,69 @@ def draw(distances, slices, path, title):
     figure.savefig(path)
 
 
-def main(argv=None):
+def read_options(argv):
+    """The options, and those of the script whose task is measured."""
     argv = list(sys.argv[1:] if argv is None else argv)
     checkpoint = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
-    script = argv[argv.index("--script") + 1] if "--script" in argv[:-1] else "glue"
-    data_cls, build = BUILDERS.get(script, BUILDERS["glue"])
-    args, data_args = parse((SharpnessArguments, data_cls), argv, defaults=lambda given: {}, description=__doc__)
     if checkpoint is None or not checkpoint.is_dir():
         raise InputError(f"CHECKPOINT: {checkpoint} - should be the folder of a saved model, and come first")
-    splits = ["train"] if args.split == "train" else ["train", "validation"]
-    task = build(data_args, ModelArguments(model_name_or_path=str(checkpoint)), splits=splits)
-    dataset = task.train_dataset if args.split == "train" else next(iter(task.eval_datasets.values()))
-    examples = list(task.eval_view(dataset.select(range(min(args.examples, len(dataset))))))
-    batches = list(DataLoader(examples, args.batch_size, collate_fn=task.data_collator))
-    model = task.build_model()
-    figures = measure_sharpness(
-        model, batches, rho=args.rho, lanczos_steps=args.lanczos_steps, trace_samples=args.trace_samples
+    name = "glue"
+    for option, value in zip(argv, [*argv[1:], None], strict=True):
+        if option.startswith("--script="):
+            name = option.partition("=")[2]
+        elif option == "--script" and value is not None:
+            name = value
+    kind = task_kind(name)
+    own_arguments = kind.training_arguments is not TrainingArguments  # such as TRL's, which say how texts are cut
+    classes = (*kind.argument_classes, *([kind.training_arguments] if own_arguments else []))
+    options, *own = parse(
+        (SharpnessArguments, *classes), argv, defaults=lambda given: NOT_TRAINED, description=__doc__
     )
-    distances = np.linspace(-args.slice_radius, args.slice_radius, POINTS).tolist()
-    slices = loss_slice(model, batches, distances, lanczos_steps=args.lanczos_steps)
-    folder = Path(args.output_dir or checkpoint)
+    training_args = own.pop() if own_arguments else TrainingArguments("unused", **NOT_TRAINED)
+    training_args.per_device_eval_batch_size = options.batch_size
+    own = [
+        dataclasses.replace(given, model_name_or_path=str(checkpoint), model_config=None)
+        if isinstance(given, ModelArguments)
+        else given
+        for given in own
+    ]
+    return checkpoint, options, kind, own, training_args
+
+
+def main(argv=None):
+    checkpoint, options, kind, own, training_args = read_options(argv)
+    refuse_several_processes("measure_sharpness.py")
+    folder = Path(options.output_dir or checkpoint)
+    check_writable(folder)
+    task = kind.build(*own, training_args=training_args, splits=[options.split])
+    dataset = task.train_dataset if options.split == "train" else next(iter(task.eval_datasets.values()))
+    dataset = dataset.select(range(min(options.examples, len(dataset))))
+    task = dataclasses.replace(task, eval_datasets={"": dataset})
+    trainer = make_trainer(task, training_args, task.build_model(trained=True).float())
+    batches = list(trainer.get_eval_dataloader(task.eval_view(dataset)))
+    model = trainer.model
+    figures = measure_sharpness(
+        model, batches, rho=options.rho, lanczos_steps=options.lanczos_steps, trace_samples=options.trace_samples
+    )
+    distances = np.linspace(-options.slice_radius, options.slice_radius, POINTS).tolist()
+    slices = loss_slice(model, batches, distances, lanczos_steps=options.lanczos_steps)
     folder.mkdir(parents=True, exist_ok=True)
-    result = figures._asdict() | {"examples": len(examples), "split": args.split, "rho": args.rho, "slice": slices}
-    (folder / "sharpness.json").write_text(json.dumps(result | {"distances": distances}, indent=2) + "\n")
-    draw(distances, slices, folder / "loss_slice.png", f"{task.name}: {args.split} loss around {checkpoint.name}")
+    result = figures._asdict() | {"examples": len(dataset), "split": options.split, "rho": options.rho}
+    result = {name: finite(value) for name, value in (result | {"slice": slices, "distances": distances}).items()}
+    (folder / "sharpness.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    draw(distances, slices, folder / "loss_slice.png", f"{task.name}: {options.split} loss around {checkpoint.name}")
     for name, value in figures._asdict().items():
         print(f"{name:24}{value:12.5g}")
     print(f"files: {folder / 'sharpness.json'}, {folder / 'loss_slice.png'}")
+
+
+def finite(value):
+    """JSON has no NaN: null stands for what is not a finite number (the error of a single trace sample)."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

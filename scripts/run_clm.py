@@ -17,7 +17,7 @@ import torch
 
 from hf_dualadam.finetuning import clm
 from hf_dualadam.finetuning.config import parse, run_main, training_defaults
-from hf_dualadam.finetuning.models import ModelArguments
+from hf_dualadam.finetuning.tasks import task_kind
 from hf_dualadam.finetuning.training import RunArguments, check_output_dir, run, splits_needed, summary
 
 
@@ -29,19 +29,21 @@ def defaults(given):
 
 
 def main(argv=None):
-    model_args, trl_args, clm_args, run_args, args = parse(
-        (ModelArguments, clm.ModelConfig, clm.ClmArguments, RunArguments, clm.SFTConfig),
+    kind = task_kind("clm")
+    *own, run_args, args = parse(
+        (*kind.argument_classes, RunArguments, kind.training_arguments),
         argv,
         defaults=defaults,
         description=__doc__,
     )
     check_output_dir(args, run_args.overwrite_output_dir)
-    task, trainer_cls = clm.build(clm_args, model_args, trl_args, args, splits_needed(args))
-    finished = run(task, args, trainer_cls=trainer_cls, **run_args.options())
+    task = kind.build(*own, training_args=args, splits=splits_needed(args))
+    finished = run(task, args, **run_args.options())
     clm.write_unigram_perplexity(finished)
-    for sample in clm.generate_samples(finished, clm_args):
+    for sample in clm.generate_samples(finished, own[0]):
         print(f"--- prompt:\n{sample['prompt']}\n--- the model goes on:\n{sample['generated']}\n")
-    print(summary(finished))
+    if finished.trainer.is_world_process_zero():
+        print(summary(finished))
     if "unigram_perplexity" in finished.metrics:
         print(f"perplexity of a unigram model on the same tokens: {finished.metrics['unigram_perplexity']:.1f}")
     return finished

@@ -12,11 +12,8 @@ from hf_dualadam.extras import require_or_exit
 
 require_or_exit("finetune")
 
-from transformers import TrainingArguments
-
-from hf_dualadam.finetuning import images
 from hf_dualadam.finetuning.config import parse, run_main, training_defaults
-from hf_dualadam.finetuning.models import ModelArguments
+from hf_dualadam.finetuning.tasks import task_kind
 from hf_dualadam.finetuning.training import RunArguments, check_output_dir, run, splits_needed, summary
 
 
@@ -26,16 +23,18 @@ def defaults(given):
 
 
 def main(argv=None):
-    model_args, image_args, run_args, args = parse(
-        (ModelArguments, images.ImageArguments, RunArguments, TrainingArguments),
+    kind = task_kind("image_classification")
+    *own, run_args, args = parse(
+        (*kind.argument_classes, RunArguments, kind.training_arguments),
         argv,
         defaults=defaults,
         description=__doc__,
     )
     check_output_dir(args, run_args.overwrite_output_dir)
-    task = images.build(image_args, model_args, splits=splits_needed(args))
+    task = kind.build(*own, training_args=args, splits=splits_needed(args))
     finished = run(task, args, **run_args.options())
-    print(summary(finished))
+    if finished.trainer.is_world_process_zero():
+        print(summary(finished))
     return finished
 
 

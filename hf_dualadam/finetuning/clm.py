@@ -7,9 +7,8 @@ perplexity per token.
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from . import data
 from .config import InputError
 from .data import DataArguments, Table
 from .embedded import resolve_model
-from .models import ModelArguments, load_config, loading, model_builder
-from .training import Run, Task
+from .models import ModelArguments, load_config, loading, model_builder, processor_source
+from .tasks import Task, TaskKind
+from .training import Run
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -101,6 +101,15 @@ class PerplexityTrainer(SFTTrainer):
             counts += torch.bincount(labels[labels >= 0], minlength=len(counts))
         return (counts / counts.sum()).log()
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Trainer's, for texts too: TRL prepares them only where ``evaluate`` is called."""
+        if isinstance(eval_dataset, Dataset):
+            packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+            eval_dataset = self._prepare_dataset(
+                eval_dataset, self.processing_class, self.args, packing, None, "evaluation"
+            )
+        return super().get_eval_dataloader(eval_dataset)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Evaluate, without TRL's metrics."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -132,26 +141,28 @@ class PerplexityTrainer(SFTTrainer):
 
 
 def build(
-    args: ClmArguments, model_args: ModelArguments, trl_args: ModelConfig, sft_args: SFTConfig, splits: Iterable[str]
-) -> tuple[Task, Callable[..., PerplexityTrainer]]:
+    args: ClmArguments,
+    model_args: ModelArguments,
+    trl_args: ModelConfig,
+    *,
+    training_args: SFTConfig,
+    splits: Iterable[str] = ("train", "validation"),
+) -> Task:
     """Load data, tokenizer and model configuration.
 
     Args:
         args: data, tokenizer and samples.
         model_args: which model.
         trl_args: TRL's options of models: dtype, LoRA, quantization.
-        sft_args: TRL's and Trainer's options of training.
+        training_args: TRL's and Trainer's options of training.
         splits: those needed, of "train" and "validation".
-
-    Returns:
-        The task, and its trainer class for :func:`~hf_dualadam.finetuning.training.run`.
 
     Raises:
         InputError: something given cannot be used.
     """
     _check_model_arguments(model_args, trl_args)
     from_hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-    datasets = load_examples(args, set(splits), sft_args.dataset_text_field, **from_hub)
+    datasets = load_examples(args, set(splits), training_args.dataset_text_field, **from_hub)
     tokenizer = load_tokenizer(args, model_args, datasets.get("train"))
     changes = {}
     if model_args.model_config:
@@ -162,17 +173,19 @@ def build(
     if quantization_config := get_quantization_config(trl_args):
         kwargs["quantization_config"] = quantization_config
     held_out = datasets.get("validation")
-    task = Task(
+    return Task(
         name=_name(args),
         build_model=model_builder(model_args, config, AutoModelForCausalLM, **kwargs),
         train_dataset=datasets.get("train"),
         eval_datasets={} if held_out is None else {"": held_out},
         compute_metrics=None,
         main_metric="perplexity",
+        greater_is_better=False,
         processing_class=tokenizer,
         card={"dataset_name": args.dataset_name} if args.dataset_name else {},
+        trainer_cls=PerplexityTrainer,
+        trainer_kwargs={"peft_config": get_peft_config(trl_args)},
     )
-    return task, partial(PerplexityTrainer, peft_config=get_peft_config(trl_args))
 
 
 def load_examples(args: ClmArguments, splits: set[str], text_column: str, **kwargs: Any) -> dict[str, Dataset]:
@@ -219,7 +232,7 @@ def load_tokenizer(
         columns = (train_dataset[column] for column in train_dataset.column_names)
         return train_tokenizer((text for column in columns for text in column), args.new_tokenizer_size)
     option = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
-    name = args.tokenizer_name or model_args.model_name_or_path or model_args.config_name
+    name = args.tokenizer_name or processor_source(model_args, "tokenizer_config.json")
     if not name:
         raise InputError("tokenizer_name: missing; a new model needs it, or new_tokenizer_size")
     with loading(option, name):
@@ -369,3 +382,6 @@ def _name(args: ClmArguments) -> str:
 
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
+
+
+KIND = TaskKind((ClmArguments, ModelArguments, ModelConfig), build, SFTConfig)

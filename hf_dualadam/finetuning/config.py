@@ -134,7 +134,12 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Call a script's main function; a user error ends in one line on stderr and exit status 2."""
+    """Call a script's main function; a user error ends in one line on stderr and exit status 2.
+
+    What standard output cannot encode is printed as a question mark.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except InputError as error:

@@ -6,7 +6,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PretrainedConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    TrainingArguments,
+)
 
 from . import data
 from .config import InputError
@@ -20,9 +26,10 @@ from .models import (
     model_builder,
     model_card_of_embedded,
     model_order,
+    processor_source,
     set_labels,
 )
-from .training import Task
+from .tasks import Task, TaskKind
 
 
 class GlueTask(NamedTuple):
@@ -99,16 +106,16 @@ def build(
     args: GlueArguments,
     model_args: ModelArguments,
     *,
+    training_args: TrainingArguments | None = None,
     splits: Iterable[str] = ("train", "validation"),
-    pad_to_multiple_of: int | None = None,
 ) -> Task:
     """Load, check and tokenize the examples; nothing is written but caches.
 
     Args:
         args: the task and its data.
         model_args: the model; embedded/minilm when it names none.
+        training_args: in half precision, batches are padded to a multiple of 8 tokens.
         splits: which of train, validation and test are needed.
-        pad_to_multiple_of: tokens a batch is padded to a multiple of, 8 for half precision.
 
     Raises:
         InputError: data or model cannot be had, or hold something unexpected.
@@ -126,6 +133,7 @@ def build(
     held_out = {suffix: encode(t, limit=args.max_eval_samples) for suffix, t in tables.get("validation", {}).items()}
     unseen = {suffix: encode(table, to_predict=True) for suffix, table in tables.get("test", {}).items()}
     metric = LocalMetric(list(task.metrics))
+    half = training_args is not None and (training_args.fp16 or training_args.bf16)
     return Task(
         name=args.name,
         build_model=model_builder(model_args, config, AutoModelForSequenceClassification),
@@ -134,7 +142,7 @@ def build(
         predict_datasets=unseen,
         compute_metrics=compute_metrics_for(metric),
         main_metric=task.metrics[0],
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of),
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if half else None),
         processing_class=tokenizer,
         label_names=list(classes) or None,
         baseline=majority_baseline(metric, train, held_out.get("")),
@@ -185,7 +193,7 @@ def _infer_task(args: GlueArguments, tables: dict[str, dict[str, Table]], config
 
 
 def _load_tokenizer(args: GlueArguments, model_args: ModelArguments, config: PretrainedConfig) -> Any:
-    name = args.tokenizer_name or model_args.model_name_or_path or model_args.config_name
+    name = args.tokenizer_name or processor_source(model_args, "tokenizer_config.json")
     if name is None:
         raise InputError("tokenizer_name: missing; a model from model_config needs the tokenizer of another model")
     option = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
@@ -250,3 +258,6 @@ def _card(args: GlueArguments, model_args: ModelArguments) -> dict[str, Any]:
     elif args.dataset_name:
         card |= {"dataset": args.dataset_name}
     return card | model_card_of_embedded(model_args)
+
+
+KIND = TaskKind((GlueArguments, ModelArguments), build)

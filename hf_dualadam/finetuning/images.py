@@ -18,6 +18,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     PretrainedConfig,
+    TrainingArguments,
     ViTImageProcessor,
     default_data_collator,
 )
@@ -26,8 +27,8 @@ from . import data
 from .config import InputError
 from .data import DataArguments, Table
 from .metrics import LocalMetric, compute_metrics_for, majority_baseline
-from .models import ModelArguments, load_config, loading, model_builder, model_order, set_labels
-from .training import Task
+from .models import ModelArguments, load_config, loading, model_builder, model_order, processor_source, set_labels
+from .tasks import Task, TaskKind
 
 logger = logging.getLogger(__name__)
 
@@ -190,13 +191,18 @@ class ImageView(torch.utils.data.Dataset):
 
 
 def build(
-    args: ImageArguments, model_args: ModelArguments, *, splits: Iterable[str] = ("train", "validation")
+    args: ImageArguments,
+    model_args: ModelArguments,
+    *,
+    training_args: TrainingArguments | None = None,
+    splits: Iterable[str] = ("train", "validation"),
 ) -> Task:
     """Load and check the images; nothing is written but caches.
 
     Args:
         args: images and augmentation.
         model_args: the model, pretrained or a configuration.
+        training_args: not needed; any kind of task is given them.
         splits: which of train, validation and test are needed.
 
     Raises:
@@ -234,6 +240,7 @@ def build(
         data_collator=default_data_collator,
         processing_class=processor,
         train_view=lambda dataset: ImageView(dataset, changed if args.augment else plain),
+        augments=args.augment,
         eval_view=lambda dataset: ImageView(dataset, plain),
         label_names=list(order),
         baseline=majority_baseline(metric, train, held_out),
@@ -304,7 +311,8 @@ def _load_processor(args: ModelArguments, config: PretrainedConfig, image_size: 
         raise InputError("image_size: only for a new model whose configuration has none; this one has its own")
     if args.model_name_or_path:
         with loading("model_name_or_path", args.model_name_or_path):
-            return AutoImageProcessor.from_pretrained(args.model_name_or_path, **args.hub_kwargs)
+            source = processor_source(args, "preprocessor_config.json")
+            return AutoImageProcessor.from_pretrained(source, **args.hub_kwargs)
     size = own_size or image_size
     if size is None:
         raise InputError(f"image_size: missing, and the configuration of {config.model_type} has none")
@@ -360,3 +368,6 @@ def _check_images(dataset: Dataset, name: str) -> None:
         except Exception as error:  # Pillow's decoders raise many kinds
             where = " ".join(filter(None, [image and image["path"], f"(row {example['row']})"]))
             raise InputError(f"{name}: the image {where} cannot be decoded: {error}") from error
+
+
+KIND = TaskKind((ImageArguments, ModelArguments), build)

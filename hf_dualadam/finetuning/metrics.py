@@ -1,5 +1,7 @@
 """GLUE's metrics as an ``evaluate.Metric`` that needs no network: scikit-learn and scipy compute them here."""
 
+import contextlib
+import tempfile
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +57,10 @@ class LocalMetric(evaluate.Metric):
             raise ValueError(f"Invalid names: {names} - should be some of {', '.join(FUNCTIONS)}.")
         self.names = list(names)
         defaults = {"keep_in_memory": kwargs.get("num_process", 1) == 1, "experiment_id": uuid.uuid4().hex}
-        super().__init__(config_name="-".join(names), **(defaults | kwargs))
+        options = defaults | kwargs
+        # evaluate makes a cache folder in the user's home even where nothing is cached
+        with tempfile.TemporaryDirectory() if options["keep_in_memory"] else contextlib.nullcontext() as folder:
+            super().__init__(config_name="-".join(names), **({"cache_dir": folder} | options))
 
     def _info(self) -> evaluate.MetricInfo:
         kind = datasets.Value("float64" if CORRELATIONS & set(self.names) else "int64")

@@ -1,15 +1,21 @@
 """Model and configuration from a hub name, a folder, a mapping in the YAML, or an installed package."""
 
 import contextlib
+import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .config import InputError
 from .embedded import MINILM, resolve_model
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass
@@ -68,7 +74,7 @@ def load_config(args: ModelArguments, **changes: Any) -> PretrainedConfig:
     """
     if args.model_config:
         return _config_from_mapping(args.model_config, changes)
-    name = args.config_name or args.model_name_or_path
+    name = args.config_name or adapter_base(args) or args.model_name_or_path
     if not name:
         raise InputError("model_name_or_path: missing; give it, or model_config or config_name for a new model")
     with loading("config_name" if args.config_name else "model_name_or_path", name):
@@ -87,19 +93,72 @@ def model_builder(
         kwargs: more arguments of its ``from_pretrained``: dtype, quantization.
     """
 
-    def build() -> PreTrainedModel:
-        if not args.model_name_or_path:
+    def build(trained: bool = False) -> PreTrainedModel:
+        name = args.model_name_or_path
+        if not name:
             return auto_class.from_config(config, trust_remote_code=args.trust_remote_code)
-        with loading("model_name_or_path", args.model_name_or_path):
-            return auto_class.from_pretrained(
-                resolve_model(args.model_name_or_path),
+        adapter = adapter_base(args)
+        with loading("model_name_or_path", name):
+            model, report = auto_class.from_pretrained(
+                resolve_model(adapter or name),
                 config=config,
                 ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-                **args.hub_kwargs,
+                output_loading_info=True,
+                **(args.hub_kwargs | ({"revision": "main"} if adapter else {})),
                 **kwargs,
             )
+            if adapter:
+                model = _with_adapter(model, args)
+        new = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+        in_adapter = {
+            name for peft in getattr(model, "peft_config", {}).values() for name in peft.modules_to_save or ()
+        }
+        new = [key for key in new if in_adapter.isdisjoint(key.split("."))]
+        if trained and new:
+            raise InputError(
+                f"model_name_or_path: {name!r} has no trained weights for this task: it lacks {', '.join(new[:3])}"
+                + (", ..." if len(new) > 3 else "")
+            )
+        return model
 
     return build
+
+
+def adapter_base(args: ModelArguments) -> str | None:
+    """The base model of a folder that holds only an adapter (as ``use_peft`` writes it), or None for other models.
+
+    Raises:
+        InputError: it is an adapter, and PEFT is not installed.
+    """
+    folder = Path(args.model_name_or_path or "")
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return None
+    with loading("model_name_or_path", str(folder)):
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+        if importlib.util.find_spec("peft") is None:
+            raise ImportError('an adapter needs PEFT: pip install "hf_dualadam[clm]"')
+        return base
+
+
+def processor_source(args: ModelArguments, file: str) -> str | None:
+    """Where the model's tokenizer or image processor is: with the model, or with the base model of an adapter.
+
+    Args:
+        args: which model.
+        file: that a folder with such a thing holds: "tokenizer_config.json".
+    """
+    name = args.model_name_or_path or args.config_name
+    base = adapter_base(args)
+    return base if base and not (Path(args.model_name_or_path) / file).is_file() else name
+
+
+def _with_adapter(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
+    """The base model with the saved adapter, whose weights are the trainable ones."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True)
 
 
 def model_order(classes: tuple[str, ...], config: PretrainedConfig) -> tuple[str, ...]:
@@ -124,8 +183,10 @@ def loading(option: str, value: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"{option}: {value!r} cannot be loaded: {reason}") from error
 
 

@@ -5,7 +5,12 @@ optimizer, learning rate and seed with other ``TrainingArguments``; the trained 
 """
 
 import contextlib
+import functools
+import logging
+import os
 import shutil
+import tempfile
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,58 +18,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from filelock import FileLock, Timeout
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..trainer.checkpoints import TRAINER_STATE, checkpoint_problem, last_complete_checkpoint
 from ..trainer.nonfinite import StopOnNonFinite
 from .config import InputError
 from .plots import plot_learning_curves
+from .tasks import Task
+
+logger = logging.getLogger(__name__)
 
 # Prefix of the metrics measured on training examples after training. Trainer's own `train_loss` is something else: the
 # mean over all steps of the run, with dropout and augmentation on.
 TRAIN_EVAL = "train_eval"
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+LOCK = ".run.lock"  # held by the process that writes to the output folder; the file stays
 RUN_FILES = ("checkpoint-*", "*_results.json", "predict_results_*.txt", TRAINER_STATE, "training_args.bin")
 RUN_FILES += ("model*.safetensors", "pytorch_model*.bin", "adapter_model*", "learning_curves.png")
-
-
-@dataclass
-class Task:
-    """What is to be learned, whatever the optimizer: data, model and metric.
-
-    Attributes:
-        name: short name, used in file names: "sst2".
-        build_model: returns a new model; what is random in it comes from torch's global generator.
-        train_dataset: training examples (a ``datasets.Dataset`` with a label column, free to be subset or changed),
-            or None without training.
-        eval_datasets: held-out examples by suffix of their metrics' names: ``{"": ...}``, for MNLI
-            ``{"": matched, "_mm": mismatched}``.
-        predict_datasets: examples to predict, by suffix, with labels or without.
-        compute_metrics: Trainer's: an EvalPrediction -> metrics by name.
-        main_metric: the metric that plots and tables show.
-        data_collator: Trainer's.
-        processing_class: the tokenizer or image processor saved with the model.
-        train_view: what Trainer trains on, from ``train_dataset`` (augmentation); the dataset itself by default.
-        eval_view: what Trainer evaluates on, from any of the datasets; the dataset itself by default.
-        label_names: class names by index, or None for a regression.
-        baseline: value of ``main_metric`` on the held-out examples when always predicting the majority class.
-        card: arguments of ``Trainer.create_model_card``.
-    """
-
-    name: str
-    build_model: Callable[[], PreTrainedModel]
-    train_dataset: Any
-    eval_datasets: dict[str, Any]
-    compute_metrics: Callable[[Any], dict[str, float]]
-    main_metric: str
-    predict_datasets: dict[str, Any] = field(default_factory=dict)
-    data_collator: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
-    processing_class: Any = None
-    train_view: Callable[[Any], Any] = lambda dataset: dataset
-    eval_view: Callable[[Any], Any] = lambda dataset: dataset
-    label_names: list[str] | None = None
-    baseline: float | None = None
-    card: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,39 +71,73 @@ class Run:
     task: Task
 
 
-class _Beginning(TrainerCallback):
-    """Parts what goes wrong before the first step, and is an error of the user, from what goes wrong later.
+class _Start(TrainerCallback):
+    """Separates errors before the first step (the user's) from later ones, and takes the output folder.
 
-    Optimizer, scheduler and data loaders are built only within ``Trainer.train``. Until then the run in ``replaced``
-    stays as it is.
+    Optimizer, scheduler and data loaders are built only within ``Trainer.train``. Until the first step the run in
+    ``replaced`` stays as it is.
     """
 
-    def __init__(self, replaced: Path | None):
+    def __init__(self, args: TrainingArguments, replaced: Path | None):
         self.replaced, self.begun = replaced, False
+        self.lock = FileLock(Path(args.output_dir) / LOCK, timeout=0) if args.should_save else None
 
     @contextlib.contextmanager
     def refusals(self):
-        """Turn any error before the first step into an InputError."""
+        """Turn an error of input before the first step into an InputError."""
         try:
             yield
         except InputError:
             raise
         except Exception as error:  # of as many kinds as Trainer has arguments
-            if self.begun and "metric_for_best_model" not in str(error):  # Trainer sees it at the first evaluation
+            wrong_metric = "metric_for_best_model" in str(error)  # Trainer sees it at the first evaluation
+            if (self.begun and not wrong_metric) or _of_the_machine(error):
                 raise
             raise InputError(f"{error}") from error
 
     def begin(self, args: TrainingArguments) -> None:
-        """Remove the run to be replaced."""
-        if not self.begun and self.replaced:
+        """Lock the output folder and remove the run to be replaced.
+
+        Raises:
+            InputError: another process trains into it.
+        """
+        if self.begun:
+            return
+        if self.lock is not None:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            _acquire(self.lock, Path(args.output_dir))
+        if self.replaced:
             with args.main_process_first(local=False):
                 for path in _run_files(self.replaced):
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.begun = True
 
+    def __enter__(self) -> "_Start":
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Give the output folder back."""
+        if self.lock is not None:
+            self.lock.release()
+
     def on_train_begin(self, args, state, control, **kwargs):
         """All is built; other callbacks have agreed, as this one is last."""
         self.begin(args)
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"output_dir: another process is writing its run to {folder}; name another folder") from None
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether an error has nothing to do with the input: memory ran out, or another process is gone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("torch.distributed") for name in frames)
 
 
 def run(
@@ -141,9 +146,10 @@ def run(
     *,
     optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     callbacks: Iterable[TrainerCallback] = (),
-    trainer_cls: type[Trainer] = Trainer,
+    trainer_cls: Callable[..., Trainer] = Trainer,
     overwrite_output_dir: bool = False,
     write: bool = True,
+    print_logs: bool = True,
 ) -> Run:
     """Train, evaluate and predict as ``args.do_train``, ``do_eval`` and ``do_predict`` say.
 
@@ -157,65 +163,93 @@ def run(
         args: Trainer's arguments; ``args.seed`` also seeds the model's new weights.
         optimizer_cls_and_kwargs: an optimizer that has no name in ``args.optim``.
         callbacks: further callbacks for Trainer.
-        trainer_cls: Trainer or a subclass.
+        trainer_cls: Trainer or a subclass with cooperative methods, or a ``functools.partial`` of one; it is combined
+            with the task's own class.
         overwrite_output_dir: remove the run that ``args.output_dir`` holds, once all is ready for the first step.
         write: leave model, metrics files, learning curves, model card and predictions in ``args.output_dir``. Without,
             only what ``args.save_strategy`` asks for.
+        print_logs: without, Trainer does not print its logs where it shows no progress bar.
 
     Raises:
         InputError: the output folder holds another run, or there is nothing to resume from, or it is of another model,
             or Trainer cannot begin with these arguments.
     """
     checkpoint = check_output_dir(args, overwrite_output_dir)
-    beginning = _Beginning(Path(args.output_dir) if overwrite_output_dir and checkpoint is None else None)
-    set_seed(args.seed)
-    train_dataset = task.train_view(task.train_dataset) if args.do_train else None
-    eval_datasets = {suffix: task.eval_view(dataset) for suffix, dataset in task.eval_datasets.items()}
-    model = task.build_model()
-    with beginning.refusals():
-        trainer = trainer_cls(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=next(iter(eval_datasets.values()), None),
-            data_collator=task.data_collator,
-            processing_class=task.processing_class,
-            compute_metrics=task.compute_metrics,
-            callbacks=list(callbacks),
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-        )
-        trainer.add_callback(beginning)
-    problem = checkpoint and checkpoint_problem(checkpoint, trainer.model)
-    if problem:
-        raise InputError(f"resume_from_checkpoint: {problem}")
     metrics: dict[str, float] = {}
-    if args.do_train:
-        with beginning.refusals():
-            metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-        metrics["train_samples"] = len(train_dataset)
+    with _Start(args, Path(args.output_dir) if overwrite_output_dir and checkpoint is None else None) as start:
+        set_seed(args.seed)
+        model = task.build_model()
+        with start.refusals():
+            trainer = make_trainer(
+                task,
+                args,
+                model,
+                callbacks=list(callbacks),
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                trainer_cls=trainer_cls,
+            )
+            trainer.add_callback(start)
+            if not print_logs:
+                trainer.remove_callback(PrinterCallback)
+        problem = checkpoint and checkpoint_problem(checkpoint, trainer.model)
+        if problem:
+            raise InputError(f"resume_from_checkpoint: {problem}")
+        if args.do_train:
+            with start.refusals():
+                metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+            metrics["train_samples"] = len(task.train_dataset)
+            if write:
+                trainer.save_model()
+        else:
+            start.begin(args)
+        if args.do_eval:
+            metrics |= _evaluate(trainer, task)
+        if args.do_predict:
+            metrics |= _predict(trainer, task, write)
         if write:
-            trainer.save_model()
-    else:
-        beginning.begin(args)
-    if args.do_eval:
-        metrics |= _evaluate(trainer, task, eval_datasets)
-    if args.do_predict:
-        metrics |= _predict(trainer, task, write)
-    if write:
-        _write(trainer, task, metrics)
+            _write(trainer, task, metrics)
     return Run(metrics, trainer, task)
+
+
+def make_trainer(
+    task: Task, args: TrainingArguments, model: PreTrainedModel, *, trainer_cls: Any = Trainer, **kwargs: Any
+) -> Trainer:
+    """The trainer of a task: its own class combined with ``trainer_cls``, its data, metrics and collator.
+
+    Args:
+        task: what is trained.
+        args: Trainer's arguments.
+        model: one that ``task.build_model`` returned.
+        trainer_cls: as for :func:`run`.
+        kwargs: further arguments of Trainer.
+    """
+    return _combined(trainer_cls, task.trainer_cls)(
+        model=model,
+        args=args,
+        train_dataset=task.train_view(task.train_dataset) if args.do_train else None,
+        eval_dataset=next((task.eval_view(dataset) for dataset in task.eval_datasets.values()), None),
+        data_collator=task.data_collator,
+        processing_class=task.processing_class,
+        compute_metrics=task.compute_metrics,
+        **task.trainer_kwargs,
+        **kwargs,
+    )
 
 
 def check_output_dir(args: TrainingArguments, overwrite_output_dir: bool = False) -> str | None:
     """Refuse an output folder that holds another run; return the checkpoint to resume from, if any.
 
     Raises:
-        InputError: the folder holds files of a run and neither resume_from_checkpoint nor overwrite_output_dir is
-            given, or the checkpoint to resume from is not there or incomplete.
+        InputError: the folder cannot be written to, or another process trains into it, or it holds files of a run and
+            neither resume_from_checkpoint nor overwrite_output_dir is given, or the checkpoint to resume from is
+            missing or incomplete.
     """
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is not a folder")
+    check_writable(folder)
+    if (folder / LOCK).exists():
+        lock = FileLock(folder / LOCK, timeout=0)
+        _acquire(lock, folder)
+        lock.release()
     checkpoint = _checkpoint(args.resume_from_checkpoint, folder)
     held = _run_files(folder)
     if checkpoint is not None and folder.resolve() in Path(checkpoint).resolve().parents:
@@ -226,6 +260,25 @@ def check_output_dir(args: TrainingArguments, overwrite_output_dir: bool = False
             "folder, or give resume_from_checkpoint=true to continue it or overwrite_output_dir=true to replace it"
         )
     return checkpoint
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError unless files can be written to ``folder``, which may be new; nothing is left there."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"output_dir: {there} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"output_dir: cannot write to {there}: {error.strerror or error}") from None
+
+
+def refuse_several_processes(script: str) -> None:
+    """Raise InputError in a job of several processes, for a script that is one process."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        raise InputError(f"{script}: {size} processes were started, but it runs in one; start it with plain python")
 
 
 def generalization_gap(metrics: dict[str, float], names: Iterable[str], suffix: str = "") -> dict[str, float]:
@@ -261,6 +314,17 @@ def summary(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _combined(trainer_cls: Callable[..., Trainer], of_task: type[Trainer]) -> Callable[..., Trainer]:
+    """One class that does what both do; the methods of ``trainer_cls`` come first."""
+    if isinstance(trainer_cls, functools.partial):
+        return functools.partial(_combined(trainer_cls.func, of_task), *trainer_cls.args, **trainer_cls.keywords)
+    if not isinstance(trainer_cls, type) or issubclass(trainer_cls, of_task):
+        return trainer_cls
+    if issubclass(of_task, trainer_cls):
+        return of_task
+    return type(trainer_cls.__name__ + of_task.__name__, (trainer_cls, of_task), {})
+
+
 def _checkpoint(resume: str | None, folder: Path) -> str | None:
     """The checkpoint that ``resume_from_checkpoint`` means: none, the last complete one in ``folder``, or a path."""
     if resume is None or resume.lower() == "false":
@@ -280,9 +344,10 @@ def _run_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
 
 
-def _evaluate(trainer: Trainer, task: Task, eval_datasets: dict[str, Any]) -> dict[str, float]:
+def _evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
     """Held-out metrics and, after training, those on training examples and the gap between the two."""
     metrics: dict[str, float] = {}
+    eval_datasets = {suffix: task.eval_view(dataset) for suffix, dataset in task.eval_datasets.items()}
     if trainer.args.do_train:
         count = min(len(task.train_dataset), max(map(len, eval_datasets.values())))
         rows = np.sort(np.random.default_rng(0).permutation(len(task.train_dataset))[:count])
@@ -325,6 +390,7 @@ def _write(trainer: Trainer, task: Task, metrics: dict[str, float]) -> None:
         part = {key: value for key, value in metrics.items() if key.startswith(prefixes) or key == "epoch"}
         if split == "train":
             part = {key: value for key, value in part.items() if not key.startswith(TRAIN_EVAL)}
+            part |= {"total_flos": metrics["total_flos"]} if "total_flos" in metrics else {}
         if getattr(args, f"do_{split}"):
             trainer.log_metrics(split, part)
             trainer.save_metrics(split, part)
@@ -332,13 +398,24 @@ def _write(trainer: Trainer, task: Task, metrics: dict[str, float]) -> None:
         return
     trainer.save_state()
     if trainer.is_world_process_zero():
-        plot_learning_curves(
-            trainer.state.log_history, task.main_metric, Path(args.output_dir) / "learning_curves.png", task.name
-        )
+        with decoration("learning_curves.png"):
+            plot_learning_curves(
+                trainer.state.log_history, task.main_metric, Path(args.output_dir) / "learning_curves.png", task.name
+            )
     if args.push_to_hub:
         trainer.push_to_hub(**task.card)
-    else:
+        return
+    with decoration("the model card"):
         trainer.create_model_card(**task.card)
+
+
+@contextlib.contextmanager
+def decoration(what: str):
+    """Work after a run that must not fail it: an error becomes one warning."""
+    try:
+        yield
+    except Exception as error:  # whatever it is, the run is done and saved
+        logger.warning(f"{what}: left out: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def splits_needed(args: TrainingArguments) -> list[str]:

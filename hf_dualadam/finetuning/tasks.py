@@ -1,0 +1,111 @@
+"""What can be trained: :class:`Task`, and :data:`KINDS`, the one registry of kinds of task.
+
+A kind is a name, the dataclasses of its options, and a function that builds a task from them. The scripts,
+comparisons and ``measure_sharpness.py`` take every kind from here, so a new one is a module with a :class:`TaskKind`
+named ``KIND`` and one entry in :data:`KINDS`.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from .config import InputError
+
+
+def unchanged(dataset: Any) -> Any:
+    """The view of a task whose trainer reads the dataset itself."""
+    return dataset
+
+
+@dataclass
+class Task:
+    """What is to be learned, whatever the optimizer: data, model and metric.
+
+    Attributes:
+        name: short name, used in file names: "sst2".
+        build_model: returns a new model; what is random in it comes from torch's global generator. With
+            ``trained=True`` it raises InputError where the checkpoint lacks some weights (a head for this task).
+        train_dataset: training examples (a ``datasets.Dataset`` with a label column, which may be subset or changed),
+            or None without training.
+        eval_datasets: held-out examples by suffix of their metrics' names: ``{"": ...}``, for MNLI
+            ``{"": matched, "_mm": mismatched}``.
+        predict_datasets: examples to predict, by suffix, with labels or without.
+        compute_metrics: Trainer's: an EvalPrediction -> metrics by name.
+        main_metric: the metric that plots and tables show.
+        greater_is_better: whether a greater ``main_metric`` is better.
+        data_collator: Trainer's.
+        processing_class: the tokenizer or image processor saved with the model.
+        train_view: what Trainer trains on, from ``train_dataset``; the dataset itself by default.
+        augments: whether ``train_view`` changes the examples at random.
+        eval_view: what Trainer evaluates on, from any of the datasets; the dataset itself by default.
+        label_names: class names by index, or None for a regression or a language model.
+        baseline: value of ``main_metric`` on the held-out examples when always predicting the majority class.
+        card: arguments of ``Trainer.create_model_card``.
+        trainer_cls: the Trainer that the task needs.
+        trainer_kwargs: further arguments of that class.
+    """
+
+    name: str
+    build_model: Callable[..., PreTrainedModel]
+    train_dataset: Any
+    eval_datasets: dict[str, Any]
+    compute_metrics: Callable[[Any], dict[str, float]] | None
+    main_metric: str
+    greater_is_better: bool = True
+    predict_datasets: dict[str, Any] = field(default_factory=dict)
+    data_collator: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None
+    processing_class: Any = None
+    train_view: Callable[[Any], Any] = unchanged
+    augments: bool = False
+    eval_view: Callable[[Any], Any] = unchanged
+    label_names: list[str] | None = None
+    baseline: float | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+    trainer_cls: type[Trainer] = Trainer
+    trainer_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A kind of task.
+
+    Attributes:
+        argument_classes: dataclasses of its options, the model's among them.
+        build: ``build(*arguments, training_args=..., splits=...) -> Task``, with one instance of each of
+            ``argument_classes`` in that order, TrainingArguments, and the splits needed, of "train", "validation" and
+            "test". Raises InputError for data or models that cannot be used; writes nothing but caches.
+        training_arguments: TrainingArguments, or the subclass that its Trainer takes.
+    """
+
+    argument_classes: tuple[type, ...]
+    build: Callable[..., Task]
+    training_arguments: type[TrainingArguments] = TrainingArguments
+
+
+# By name: the kind, or the module whose ``KIND`` it is; a module is imported when it is used (clm needs TRL).
+KINDS: dict[str, TaskKind | str] = {
+    "glue": "hf_dualadam.finetuning.glue",
+    "image_classification": "hf_dualadam.finetuning.images",
+    "clm": "hf_dualadam.finetuning.clm",
+}
+
+
+def task_kind(name: str) -> TaskKind:
+    """The kind of task of this name.
+
+    Raises:
+        InputError: there is no such kind, or a package that it needs is missing.
+    """
+    if name not in KINDS:
+        raise InputError(f"{name!r} is not a kind of task, {', '.join(KINDS)} are")
+    kind = KINDS[name]
+    if isinstance(kind, TaskKind):
+        return kind
+    try:
+        return importlib.import_module(kind).KIND
+    except ImportError as error:
+        raise InputError(f'{name}: {error}: pip install "hf_dualadam[clm]"') from error
