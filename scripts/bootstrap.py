@@ -1,13 +1,13 @@
 """Set everything up in a virtual environment of its own, with exact versions, and run the quickstart or the tests.
 
-    python scripts/bootstrap.py quickstart          fine-tune MiniLM on text that is installed anyway (no hub)
-    python scripts/bootstrap.py quickstart vision   train a small ViT on images that a package carries
+    python scripts/bootstrap.py quickstart          fine-tune MiniLM on bundled text, without the Hub
+    python scripts/bootstrap.py quickstart vision   train a small ViT on bundled images
     python scripts/bootstrap.py quickstart clm      train a small language model from scratch
-    python scripts/bootstrap.py test                lint, format check and all tests
+    python scripts/bootstrap.py test                check style and types, then run all tests
 
-Needs Python 3.10 to 3.13 and nothing else; installs into .venv beside this repository's setup.py, and again only when
-the pinned versions or setup.py have changed. With --transformers4, or on Python 3.10, Transformers 4.57 is installed
-(into .venv-transformers4) in place of the newest 5.x.
+Needs only Python 3.10 to 3.13. Installs into .venv next to this repository's setup.py, and reinstalls only when the
+pinned versions or setup.py have changed. With --transformers4, or on Python 3.10, it installs Transformers 4.57 (into
+.venv-transformers4) instead of the newest 5.x.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+QUALITY = (("ruff", "check", "."), ("ruff", "format", "--check", "."))  # the Makefile's `quality`
 QUICKSTARTS = {"glue": "run_glue.py", "vision": "run_image_classification.py", "clm": "run_clm.py"}
 
 
@@ -28,10 +29,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformers4", action="store_true", help="use Transformers 4.57")
     jobs = parser.add_subparsers(dest="job", required=True)
-    quickstart = jobs.add_parser("quickstart", help="train on the embedded default")
+    quickstart = jobs.add_parser("quickstart", help="train on bundled data")
     quickstart.add_argument("which", nargs="?", choices=QUICKSTARTS, default="glue")
-    tests = jobs.add_parser("test", help="lint, format check and tests")
-    tests.add_argument("pytest_args", nargs=argparse.REMAINDER, help="handed to pytest")
+    tests = jobs.add_parser("test", help="check style and types, run all tests")
+    tests.add_argument("pytest_args", nargs=argparse.REMAINDER, help="passed to pytest")
     args = parser.parse_args()
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         parser.error(f"Python {sys.version.split()[0]} is not supported - should be 3.10 to 3.13.")
@@ -42,8 +43,8 @@ def main() -> int:
         return run(python, ROOT / "scripts" / QUICKSTARTS[args.which], config)
     python = prepare("test", transformers4)
     if not args.pytest_args:
-        for lint in (["check"], ["format", "--check"]):
-            if run(python, "-m", "ruff", *lint, ROOT):
+        for command in QUALITY:
+            if run(python, "-m", *command):
                 return 1
     return run(python, "-m", "pytest", "-n", "2", "--dist", "loadfile", *args.pytest_args)
 
