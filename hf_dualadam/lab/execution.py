@@ -16,16 +16,17 @@ import numpy as np
 import psutil
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..finetuning import glue, images
 from ..finetuning.config import InputError, from_values
-from ..finetuning.models import ModelArguments
-from ..finetuning.training import Task, run
+from ..finetuning.tasks import Task, task_kind
+from ..finetuning.training import run
 from .comparison import COLUMNS, SHARE_POINTS, Comparison, RunSpec, TaskSetting
 from .sharpness import measure_sharpness
 
-SPLIT_SEED = 0  # of the selection split, the label noise and the examples for sharpness: the same in all runs
+# The selection split and the noisy labels are the same in all runs. The seed of the labels differs from that of the
+# training examples that are scored after training (0), which would otherwise be the noisy ones.
+SPLIT_SEED, NOISE_SEED = 0, 1
 CURVE_POINTS = 12
 EVALUATIONS = 5  # on the selection split during a final run, for the curves
 
@@ -64,8 +65,8 @@ class Laboratory:
             spec: the run.
 
         Returns:
-            ``row``: the figures by column of :data:`COLUMNS`, None where there is none; ``curves``: logged figures, a
-            dict a step; ``wall_seconds``: duration with loading, evaluation and sharpness.
+            ``row``: the results by column of :data:`COLUMNS`, None where there is none; ``curves``: logged numbers, a
+            dict per step; ``wall_seconds``: duration with loading, evaluation and sharpness.
         """
         started, row = time.monotonic(), self.comparison.empty_row(spec)
         curves: list[dict[str, float]] = []
@@ -86,6 +87,7 @@ class Laboratory:
         recorder = Recorder(row["steps"], task.main_metric, curves)
         with tempfile.TemporaryDirectory() as folder, _PeakMemory() as memory:
             args = _training_arguments(
+                task_kind(self.comparison.tasks[spec.task].script).training_arguments,
                 values,
                 row["steps"],
                 final=final,
@@ -98,10 +100,11 @@ class Laboratory:
                 args,
                 optimizer_cls_and_kwargs=setting.optimizer_cls_and_kwargs(spec.learning_rate),
                 callbacks=[recorder],
-                trainer_cls=_without_printing(setting.trainer_cls()),
+                trainer_cls=setting.trainer_cls(),
                 write=False,
+                print_logs=False,
             )
-        row |= _figures(finished.metrics, task.main_metric, final) | recorder.shares()
+        row |= _scores(finished.metrics, task, final) | recorder.shares()
         row |= {"seconds": finished.metrics["train_runtime"], "peak_memory_mb": memory.peak / 2**20}
         losses = [row[name] for name in ("selection_loss", "heldout_loss", "train_loss") if row[name] is not None]
         row["status"] = "ok" if not recorder.diverged and all(map(math.isfinite, losses)) else "diverged"
@@ -136,7 +139,7 @@ class Recorder(TrainerCallback):
     Args:
         steps: planned optimizer steps.
         metric: evaluation metric to keep.
-        curves: list that takes the figures, a dict a step.
+        curves: list that takes the logged numbers, a dict per step.
     """
 
     def __init__(self, steps: int, metric: str, curves: list[dict[str, float]]):
@@ -153,15 +156,15 @@ class Recorder(TrainerCallback):
         control.should_log = state.global_step in self.log_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Keep the figures; stop on a loss or gradient that is not finite."""
-        figures = {ours: logs[theirs] for theirs, ours in self.kept.items() if logs.get(theirs) is not None}
-        if not self._training or not figures:
+        """Keep the numbers; stop on a loss or gradient that is not finite."""
+        logged = {ours: logs[theirs] for theirs, ours in self.kept.items() if logs.get(theirs) is not None}
+        if not self._training or not logged:
             return
         if not math.isfinite(logs.get("loss", 0.0)) or not math.isfinite(logs.get("grad_norm", 0.0)):
             self.diverged = control.should_training_stop = True
             return
         self.curves.append(
-            {"step": state.global_step} | {name: float(f"{value:.5g}") for name, value in figures.items()}
+            {"step": state.global_step} | {name: float(f"{value:.5g}") for name, value in logged.items()}
         )
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -198,39 +201,28 @@ class _PeakMemory:
             self.peak = torch.cuda.max_memory_allocated()
 
 
-def _without_printing(trainer_cls: Callable[..., Trainer]) -> Callable[..., Trainer]:
-    """Trainer prints every log where it shows no progress bar; a comparison prints one line a run."""
-
-    def build(**kwargs: Any) -> Trainer:
-        trainer = trainer_cls(**kwargs)
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    return build
-
-
 def _load_task(setting: TaskSetting, data_root: Path) -> tuple[Task, Dataset, dict[str, Any]]:
     """The task with its noisy training part, its selection split, and the values for TrainingArguments."""
-    script = {"glue": glue, "image_classification": images}[setting.script]
-    data_cls = {"glue": glue.GlueArguments, "image_classification": images.ImageArguments}[setting.script]
+    kind = task_kind(setting.script)
     values = dict(setting.arguments)
     if values.get("data_dir"):
         values["data_dir"] = str(data_root / values["data_dir"])
-    names = {field.name for cls in (data_cls, ModelArguments) for field in dataclasses.fields(cls)}
+    names = {field.name for cls in kind.argument_classes for field in dataclasses.fields(cls)}
     own = {name: value for name, value in values.items() if name in names}
-    task = script.build(*from_values((data_cls, ModelArguments), own))
-    task, selection = _carve(task, setting)
-    task = dataclasses.replace(task, eval_view=_in_memory(task.eval_view))
-    if own.get("augment", setting.script == "image_classification"):
-        decoded = _in_memory(lambda dataset: dataset)  # only the augmentation is done anew for each epoch
-        task = dataclasses.replace(task, train_view=lambda dataset, view=task.train_view: view(decoded(dataset)))
-    else:
-        task = dataclasses.replace(task, train_view=_in_memory(task.train_view))
     training = {name: value for name, value in values.items() if name not in names}
     ours = sorted({"learning_rate", "optim", "optim_args", "seed", "output_dir"} & set(training))
     if ours:
         raise InputError(f"arguments: {', '.join(ours)} - should be left to the comparison")
-    _training_arguments(training, 1, final=True, output_dir="unused")  # errors now, not in the first run
+    # Errors of all arguments now, not in the first run.
+    training_args = _training_arguments(kind.training_arguments, training, 1, final=True, output_dir="unused")
+    task = kind.build(*from_values(kind.argument_classes, own, defaults=lambda given: {}), training_args=training_args)
+    task, selection = _carve(task, setting)
+    if task.trainer_cls is Trainer:  # others prepare the examples themselves
+        eval_view, train_view = _in_memory(task.eval_view), _in_memory(task.train_view)
+        if task.augments:  # only the augmentation is done anew for each epoch
+            decoded, augment = _in_memory(lambda dataset: dataset), task.train_view
+            train_view = lambda dataset: augment(decoded(dataset))  # noqa: E731
+        task = dataclasses.replace(task, eval_view=eval_view, train_view=train_view)
     return task, selection, training
 
 
@@ -272,7 +264,7 @@ def randomize_labels(dataset: Dataset, share: float, classes: int) -> Dataset:
     if not classes:
         raise InputError(f"label_noise: {share} - should be 0 for a task without classes")
     column = "labels" if "labels" in dataset.column_names else "label"
-    generator = np.random.default_rng(SPLIT_SEED)
+    generator = np.random.default_rng(NOISE_SEED)
     labels = np.array(dataset[column])
     chosen = generator.permutation(len(labels))[: round(share * len(labels))]
     labels[chosen] = generator.integers(classes, size=len(chosen))
@@ -280,10 +272,12 @@ def randomize_labels(dataset: Dataset, share: float, classes: int) -> Dataset:
     return dataset.remove_columns(column).add_column(column, labels.tolist()).cast_column(column, feature)
 
 
-def _training_arguments(values: dict[str, Any], steps: int, *, final: bool, **fixed: Any) -> TrainingArguments:
+def _training_arguments(
+    cls: type[TrainingArguments], values: dict[str, Any], steps: int, *, final: bool, **fixed: Any
+) -> TrainingArguments:
     """The task's values for TrainingArguments, and what a comparison fixes."""
     (args,) = from_values(
-        (TrainingArguments,),
+        (cls,),
         values
         | {
             "max_steps": steps,
@@ -299,24 +293,27 @@ def _training_arguments(values: dict[str, Any], steps: int, *, final: bool, **fi
             "eval_steps": max(1, steps // EVALUATIONS),
         }
         | fixed,
-        defaults=lambda given: {},
+        # TRL turns both on, which is for large models on GPUs.
+        defaults=lambda given: {} if cls is TrainingArguments else {"bf16": False, "gradient_checkpointing": False},
     )
     return args
 
 
-def _figures(metrics: dict[str, float], metric: str, final: bool) -> dict[str, float]:
+def _scores(metrics: dict[str, float], task: Task, final: bool) -> dict[str, float]:
     """The row's metrics and losses from those of the run."""
-    figures = {
+    metric = task.main_metric
+    scores = {
         "selection_metric": metrics[f"eval_{metric}_selection"],
         "selection_loss": metrics["eval_loss_selection"],
         "train_metric": metrics[f"train_eval_{metric}"],
         "train_loss": metrics["train_eval_loss"],
     }
     if final:
-        figures |= {"heldout_metric": metrics[f"eval_{metric}"], "heldout_loss": metrics["eval_loss"]}
-        figures["gap_metric"] = figures["train_metric"] - figures["heldout_metric"]
-        figures["gap_loss"] = figures["heldout_loss"] - figures["train_loss"]
-    return figures
+        scores |= {"heldout_metric": metrics[f"eval_{metric}"], "heldout_loss": metrics["eval_loss"]}
+        gap = scores["train_metric"] - scores["heldout_metric"]
+        scores["gap_metric"] = gap if task.greater_is_better else -gap
+        scores["gap_loss"] = scores["heldout_loss"] - scores["train_loss"]
+    return scores
 
 
 def _json_number(value: Any) -> Any:
