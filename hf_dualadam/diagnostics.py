@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import step_scalars, update_norms
+from .functional import component_norms, step_scalars
 from .optimizers import DualAdam
 
 
@@ -45,7 +45,8 @@ def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> Invers
     """
     squares, alphas = [], []
     for group in optimizer.param_groups:
-        options = {name: group[name] for name in ("betas", "eps", "weight_decay", "switch_rate")}
+        names = ("betas", "eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
+        options = {name: group[name] for name in names}
         lr = float(group["lr"])
         for param in group["params"]:
             state = optimizer.state.get(param)
@@ -53,8 +54,7 @@ def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> Invers
                 continue
             step = float(state["step"])
             scalars = step_scalars(step, lr=lr, **options)
-            moments = state["exp_avg"].float(), state["exp_avg_sq"].float()
-            norms = update_norms(*moments, scalars, group["normalize_inverse"]) / (1 - scalars.beta1**step)
+            norms = component_norms(*optimizer.moments(param), scalars) / (1 - scalars.beta1**step)
             size = torch.linalg.vector_norm(param.float())
             squares.append(torch.stack([*_whole(norms), lr * _whole(norms)[3], _whole(size)]).square())
             alphas.append((step, scalars.alpha))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .batches import Batches
 
 
 def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
@@ -18,23 +19,25 @@ def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
         from . import cuda  # imports Triton
 
         return cuda.unavailable_reason(param, group)
-    return f"there is no kernel for {param.device.type}."
+    hint = " Materialize the parameters first, or leave fused=None." if param.device.type == "meta" else ""
+    return f"there is no kernel for {param.device.type}.{hint}"
 
 
-def update(batches: list[tuple[dict[str, Any], list[tuple[Tensor, ...]]]]):
-    """Count the step and update every tensor that a kernel can take and whose group does not forbid it.
+def update(batches: Batches) -> Batches:
+    """Count the step and update every tensor that a kernel can take and whose group does not disable kernels.
 
     Args:
-        batches: per parameter group its options and its (param, grad, exp_avg, exp_avg_sq, step) tuples.
+        batches: per parameter group its options and its (param, grad, state) items.
 
     Returns:
-        What is left, in the same form.
+        The batches that no kernel can update, in the same form.
     """
     if torch.compiler.is_compiling():
         return batches
     left, chosen = [], []
-    for group, tensors in batches:
-        (chosen if group["fused"] or group["fused"] is group["foreach"] is None else left).append((group, tensors))
+    for group, items in batches:
+        allowed = group["fused"] or (group["fused"] is None and group["foreach"] is None)
+        (chosen if allowed else left).append((group, items))
     if torch.cuda.is_initialized():
         from . import cuda
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import Batches, Item, is_sharded, mark_as_written, overlapping, plain, same_layout, split
+from .batches import Batches, Group, Item, select
+from .layout import is_sharded, mark_as_written, operands, overlapping, same_layout
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +75,12 @@ def update(batches: Batches) -> Batches:
     """Count the step and update, in one pass over memory, every tensor that the kernel can take.
 
     Args:
-        batches: per parameter group its options and its (param, grad, exp_avg, exp_avg_sq, step) tuples.
+        batches: per parameter group its options and its (param, grad, state) items.
 
     Returns:
-        What is left, in the same form.
+        The batches that the kernel cannot update, in the same form.
     """
-    taken, left = split(batches, operator.attrgetter("is_cpu"), _row)
+    taken, left = select(batches, operator.attrgetter("is_cpu"), _row)
     if not taken:
         return left
     if load() is None:
@@ -98,12 +99,12 @@ def update(batches: Batches) -> Batches:
     return left
 
 
-def _row(item: Item, group: dict[str, Any]) -> tuple[int, ...] | None:
+def _row(item: Item, group: Group) -> tuple[int, ...] | None:
     """The fields of struct Tensor, but for the last."""
-    item = None if group["capturable"] else plain(item, group["normalize_inverse"])
-    if item is None:
+    found = None if group["capturable"] else operands(*item, group["normalize_inverse"])
+    if found is None:
         return None
-    param, grad, exp_avg, exp_avg_sq, step = item
+    param, grad, exp_avg, exp_avg_sq, step = found
     dtype, itemsize = _DTYPES.get((param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype), (None, 0))
     if dtype is None or not same_layout(param, grad, exp_avg, exp_avg_sq):
         return None
@@ -115,8 +116,9 @@ def _row(item: Item, group: dict[str, Any]) -> tuple[int, ...] | None:
 
 def _options(group: dict[str, Any]) -> tuple[float, ...]:
     """The fields of struct Group."""
-    names = ("eps", "weight_decay", "switch_rate", "maximize", "normalize_inverse")
-    return float(group["lr"]), *group["betas"], *(group[name] for name in names)
+    names = ("eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
+    lr = group["lr"]
+    return float(lr.detach() if isinstance(lr, Tensor) else lr), *group["betas"], *(group[name] for name in names)
 
 
 def _call(rows: array, groups: array) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..functional import inverse_weight
-from .tensors import Batches, Item, is_sharded, mark_as_written, overlapping, plain, same_layout, split
+from .batches import Batches, Group, Item, select
+from .layout import Operands, is_sharded, mark_as_written, operands, overlapping, same_layout
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,12 @@ def update(batches: Batches) -> Batches:
     """Count the step and update every tensor that the kernel can take, without waiting for the device.
 
     Args:
-        batches: per parameter group its options and its (param, grad, exp_avg, exp_avg_sq, step) tuples.
+        batches: per parameter group its options and its (param, grad, state) items.
 
     Returns:
-        What is left, in the same form.
+        The batches that the kernel cannot update, in the same form.
     """
-    taken, left = split(batches, _is_here, _take)
+    taken, left = select(batches, _is_here, _take)
     if not taken:
         return left
     if load() is None:
@@ -88,12 +89,12 @@ def update(batches: Batches) -> Batches:
     return left
 
 
-def _take(item: Item, group: dict[str, Any]) -> Item | None:
+def _take(item: Item, group: Group) -> Operands | None:
     """The tensors that hold the numbers, if the kernel can update them."""
-    item = plain(item, group["normalize_inverse"])
-    if item is None:
+    found = operands(*item, group["normalize_inverse"])
+    if found is None:
         return None
-    param, grad, exp_avg, exp_avg_sq, step = item
+    param, grad, exp_avg, exp_avg_sq, step = found
     state_dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
     fits = (
         param.dtype in _DTYPES
@@ -103,10 +104,10 @@ def _take(item: Item, group: dict[str, Any]) -> Item | None:
         and step.device == (param.device if group["capturable"] else torch.device("cpu"))
         and same_layout(param, grad, exp_avg, exp_avg_sq)
     )
-    return item if fits else None
+    return found if fits else None
 
 
-def _launch(part: list[tuple[int, Item]], groups: list[dict[str, Any]]) -> None:
+def _launch(part: list[tuple[int, Operands]], groups: list[dict[str, Any]]) -> None:
     """One step of tensors that share device, dtypes and ``capturable``; each with the place of its group."""
     kernels = load()
     param, _, exp_avg, *_ = part[0][1]
@@ -157,7 +158,7 @@ def _options(group: dict[str, Any]) -> tuple[float, ...]:
     """A row of the table of options; an lr on a device is filled in there."""
     lr = 0.0 if _is_on_device(group["lr"]) else float(group["lr"])
     sign = -1.0 if group["maximize"] else 1.0
-    rest = (group[name] for name in ("eps", "weight_decay", "switch_rate"))
+    rest = (group[name] for name in ("eps", "weight_decay", "switch_rate", "inverse_scale"))
     return lr, *group["betas"], *rest, sign, float(group["normalize_inverse"])
 
 
@@ -165,7 +166,7 @@ def _scalars(group: dict[str, Any], step: float) -> tuple[float, ...]:
     """A row of the table of scalars."""
     beta1, beta2 = group["betas"]
     alpha = inverse_weight(step, group["switch_rate"])
-    return *_options(group), 1 - beta1**step, (1 - beta2**step) ** 0.5, alpha
+    return *_options(group), 1 - beta1**step, (1 - beta2**step) ** -0.5, alpha
 
 
 def _fill_in_lr(table: Tensor, n_columns: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> None:

@@ -30,12 +30,13 @@ typedef struct {
 } Tensor;
 
 typedef struct {
-    double lr, beta1, beta2, eps, weight_decay, switch_rate, maximize, normalize_inverse;
+    double lr, beta1, beta2, eps, weight_decay, switch_rate, inverse_scale, normalize_inverse, maximize;
 } Group;
 
 typedef struct {
-    double beta1, beta2, eps, decay, step_size, bias2_sqrt, alpha, adam_share, sign;
-    int moments_done; /* the norms' pass has updated m and v */
+    double beta1, beta2, eps, sign, decay, step_size, bias2_rsqrt, adam_weight, inverse_weight;
+    double norm_ratio; /* rescales m*d to the norm of m/d; 1 unless the inverse update is normalized */
+    int moments_done;  /* m and v are those of this step already: the pass over the norms has updated them */
 } StepScalars;
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
@@ -230,12 +231,13 @@ static StepScalars step_scalars(double step, const Group *group)
         .beta1 = group->beta1,
         .beta2 = group->beta2,
         .eps = group->eps,
+        .sign = group->maximize ? -1 : 1,
         .decay = 1 - group->lr * group->weight_decay,
         .step_size = group->lr / (1 - pow(group->beta1, step)),
-        .bias2_sqrt = sqrt(1 - pow(group->beta2, step)),
-        .alpha = alpha,
-        .adam_share = 1 - alpha,
-        .sign = group->maximize ? -1 : 1,
+        .bias2_rsqrt = 1 / sqrt(1 - pow(group->beta2, step)),
+        .adam_weight = 1 - alpha,
+        .inverse_weight = alpha * group->inverse_scale,
+        .norm_ratio = 1,
     };
 }
 
@@ -320,10 +322,9 @@ static void work(void *data)
         if (update) {
             while (plan->normalize && __atomic_load_n(&plan->pending_norms, __ATOMIC_ACQUIRE) >= 0)
                 sched_yield();
-            StepScalars scaled = scalars;
-            scaled.alpha *= plan->norm_ratio;
-            scaled.moments_done = plan->normalize && t->dtype != BFLOAT16; /* it keeps m and v rounded */
-            updates[t->dtype](t, begin, end, &scaled);
+            scalars.norm_ratio = plan->norm_ratio;
+            scalars.moments_done = plan->normalize && t->dtype != BFLOAT16; /* it stores m and v rounded */
+            updates[t->dtype](t, begin, end, &scalars);
         }
     }
 }
@@ -340,7 +341,7 @@ int dual_update(const Tensor *tensors, int64_t n_tensors, const Group *groups, i
         const Group *group = &groups[tensors[i].group];
         plans[i].numel = tensors[i].size / itemsizes[tensors[i].dtype];
         plans[i].norm_ratio = 1;
-        if (group->normalize_inverse && inverse_weight(*tensors[i].step + 1, group->switch_rate) > 0)
+        if (group->normalize_inverse && step_scalars(*tensors[i].step + 1, group).inverse_weight != 0)
             plans[i].normalize = 1;
         plans[i].pending_norms = n_chunks(plans[i].numel);
         numel += plans[i].numel;

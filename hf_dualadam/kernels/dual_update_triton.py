@@ -29,13 +29,14 @@ BETA2 = tl.constexpr(2)
 EPS = tl.constexpr(3)
 WEIGHT_DECAY = tl.constexpr(4)
 SWITCH_RATE = tl.constexpr(5)
-SIGN = tl.constexpr(6)  # -1 to maximize
-NORMALIZE = tl.constexpr(7)
-N_OPTIONS = tl.constexpr(8)
-BIAS1 = tl.constexpr(8)  # 1 - beta1^t
-BIAS2_SQRT = tl.constexpr(9)  # sqrt(1 - beta2^t)
-ALPHA = tl.constexpr(10)
-N_SCALARS = tl.constexpr(11)
+INVERSE_SCALE = tl.constexpr(6)
+SIGN = tl.constexpr(7)  # -1 to maximize
+NORMALIZE = tl.constexpr(8)
+N_OPTIONS = tl.constexpr(9)
+BIAS1 = tl.constexpr(9)  # 1 - beta1^t
+BIAS2_RSQRT = tl.constexpr(10)  # 1 / sqrt(1 - beta2^t)
+ALPHA = tl.constexpr(11)
+N_SCALARS = tl.constexpr(12)
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def _moments(
     gap = grad - exp_avg
     exp_avg = tl.where(beta1 > 0.5, exp_avg + (1 - beta1).to(real) * gap, grad - beta1.to(real) * gap)  # m
     exp_avg_sq = beta2.to(real) * exp_avg_sq + (1 - beta2).to(real) * grad * grad  # v
-    denom = tl.sqrt(exp_avg_sq) / tl.load(s + BIAS2_SQRT).to(real) + tl.load(s + EPS).to(real)  # d
+    denom = tl.sqrt(exp_avg_sq) * tl.load(s + BIAS2_RSQRT).to(real) + tl.load(s + EPS).to(real)  # d
     return exp_avg, exp_avg_sq, denom
 
 
@@ -87,16 +88,16 @@ def _update(
     """One step of the elements i, in place."""
     decay = (1 - tl.load(s + LR) * tl.load(s + WEIGHT_DECAY)).to(real)
     step_size = (tl.load(s + LR) / tl.load(s + BIAS1)).to(real)
-    adam_share = (1 - tl.load(s + ALPHA)).to(real)
-    alpha = (tl.load(s + ALPHA) * norm_ratio).to(real)
+    adam_weight = (1 - tl.load(s + ALPHA)).to(real)
+    inverse_weight = (tl.load(s + ALPHA) * tl.load(s + INVERSE_SCALE)).to(real)
 
     params = _elements(tensor, PARAM, param_dtype, i, aligned)
     param = tl.load(params, inside).to(real) * decay  # theta <- theta * (1 - eta*lambda)
     exp_avg, exp_avg_sq, denom = _moments(tensor, s, i, inside, param_dtype, state_dtype, real, aligned)  # m, v, d
-    update = adam_share * (exp_avg / denom)  # (1-alpha) * m/d
-    inverse = alpha * (exp_avg * denom)  # alpha * m*d
-    update += tl.where(tl.load(s + ALPHA) != 0, inverse, 0)  # after the switch, m*d may overflow
-    param -= step_size * update  # theta <- theta - eta/(1-beta1^t) * update
+    adam = tl.where(adam_weight != 0, adam_weight * (exp_avg / denom), 0)  # (1-alpha) * m/d
+    inverse = inverse_weight * (norm_ratio.to(real) * (exp_avg * denom))  # alpha * m*d
+    update = adam + tl.where(inverse_weight != 0, inverse, 0)
+    param -= tl.where(step_size != 0, step_size * update, 0)  # theta <- theta - eta/(1-beta1^t) * update
     tl.store(params, param.to(param_dtype), inside)
     tl.store(_elements(tensor, EXP_AVG, state_dtype, i, aligned), exp_avg.to(state_dtype), inside)
     tl.store(_elements(tensor, EXP_AVG_SQ, state_dtype, i, aligned), exp_avg_sq.to(state_dtype), inside)
@@ -164,7 +165,7 @@ def norms_kernel(
     """Measure the norms of one chunk, if its tensor is to be normalized in this step."""
     tensor = tensors + tl.load(chunks + tl.program_id(0)).to(tl.int64) * N_COLUMNS
     s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
-    if tl.load(s + NORMALIZE) * tl.load(s + ALPHA) != 0:
+    if tl.load(s + NORMALIZE) * tl.load(s + ALPHA) * tl.load(s + INVERSE_SCALE) != 0:
         sums += 2 * tl.program_id(0)
         begin = (tl.program_id(0) - tl.load(tensor + FIRST_CHUNK)) * CHUNK
         i = begin + tl.arange(0, CHUNK)
@@ -181,7 +182,7 @@ def norm_ratios_kernel(tensors, scalars, sums, norm_ratios):
     tensor = tensors + tl.program_id(0) * N_COLUMNS
     s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
     ratio = tl.full((), 1, tl.float64)
-    if tl.load(s + NORMALIZE) * tl.load(s + ALPHA) != 0:
+    if tl.load(s + NORMALIZE) * tl.load(s + ALPHA) * tl.load(s + INVERSE_SCALE) != 0:
         n_chunks = tl.cdiv(tl.load(tensor + NUMEL), CHUNK)
         pairs = sums + 2 * tl.load(tensor + FIRST_CHUNK)
         adam_sq = tl.zeros((CHUNK,), tl.float64)
@@ -211,4 +212,4 @@ def step_scalars_kernel(tensors, options, scalars):
     alpha = 1 - t * switch_rate
     tl.store(s + ALPHA, tl.where(alpha < switch_rate, 0.0, alpha))
     tl.store(s + BIAS1, 1 - tl.exp2(t * tl.log2(tl.load(o + BETA1))))
-    tl.store(s + BIAS2_SQRT, tl.sqrt(1 - tl.exp2(t * tl.log2(tl.load(o + BETA2)))))
+    tl.store(s + BIAS2_RSQRT, 1 / tl.sqrt(1 - tl.exp2(t * tl.log2(tl.load(o + BETA2)))))

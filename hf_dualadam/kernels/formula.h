@@ -19,28 +19,31 @@ static INLINE void NAME(moments)(REAL grad, REAL *exp_avg, REAL *exp_avg_sq, con
 /* d of one element. */
 static INLINE REAL NAME(denominator)(REAL exp_avg_sq, const StepScalars *s)
 {
-    return SQRT(exp_avg_sq) * (REAL)(1 / s->bias2_sqrt) + (REAL)s->eps;
+    return SQRT(exp_avg_sq) * (REAL)s->bias2_rsqrt + (REAL)s->eps;
 }
 
-/* One step of n elements, in place; with moments_done, m and v are those of this step already. */
+/* Updates n elements in place. */
 static INLINE void NAME(update_elements)(REAL *restrict params, const REAL *restrict grads, REAL *restrict exp_avgs,
                                          REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars,
                                          int moments_done)
 {
     const StepScalars s = *scalars;
     const REAL decay = (REAL)s.decay, step_size = (REAL)s.step_size;
-    const REAL alpha = (REAL)s.alpha, adam_share = (REAL)s.adam_share;
-    const int blend = s.adam_share != 1; /* before the switch; alpha here is times norm_ratio, which may be 0 */
+    const REAL adam_weight = (REAL)s.adam_weight, inverse_weight = (REAL)s.inverse_weight, norm_ratio = (REAL)s.norm_ratio;
+    const int moves = s.step_size != 0, adam = s.adam_weight != 0, before_switch = s.inverse_weight != 0;
     for (int64_t i = 0; i < n; i++) {
         REAL param = params[i], exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
         param *= decay;                                                         /* theta <- theta * (1 - eta*lambda) */
         if (!moments_done)
             NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);                 /* m, v */
         const REAL denom = NAME(denominator)(exp_avg_sq, &s);                   /* d */
-        REAL update = adam_share * (exp_avg / denom);                           /* (1-alpha) * m/d */
-        if (blend)                                                              /* m*d may overflow after the switch */
-            update += alpha * (exp_avg * denom);                                /* + alpha * m*d */
-        param -= step_size * update;              /* theta <- theta - eta/(1-beta1^t) * update */
+        REAL update = 0;
+        if (adam)
+            update = adam_weight * (exp_avg / denom);                           /* (1-alpha) * m/d */
+        if (before_switch)
+            update += inverse_weight * (norm_ratio * (exp_avg * denom));             /* + alpha * m*d */
+        if (moves)
+            param -= step_size * update;          /* theta <- theta - eta/(1-beta1^t) * update */
         params[i] = param;
         if (!moments_done) {
             exp_avgs[i] = exp_avg;
@@ -49,7 +52,7 @@ static INLINE void NAME(update_elements)(REAL *restrict params, const REAL *rest
     }
 }
 
-/* The same, with a loop of its own for each case. */
+/* Specializes the loop on moments_done. */
 static INLINE void NAME(update)(REAL *params, const REAL *grads, REAL *exp_avgs, REAL *exp_avg_sqs, int64_t n,
                                 const StepScalars *scalars)
 {

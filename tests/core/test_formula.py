@@ -86,7 +86,7 @@ def test_authors_rate_ends_at_step_12499():
 
 def test_scalars_stay_exact_late_in_training():
     scalars = step_scalars(10_000_000, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, switch_rate=1e-8)
-    assert scalars.step_size == 1e-3 and scalars.bias2_sqrt == 1.0 and math.isclose(scalars.alpha, 0.9)
+    assert scalars.step_size == 1e-3 and scalars.bias2_rsqrt == 1.0 and math.isclose(scalars.alpha, 0.9)
 
 
 @pytest.mark.parametrize("capturable", [True, False])

@@ -12,7 +12,7 @@ from reference import dualadam, dualadam_normalized
 
 from hf_dualadam import DualAdam, InvAdam
 from hf_dualadam.kernels import cpu
-from hf_dualadam.kernels.tensors import overlapping
+from hf_dualadam.kernels.layout import overlapping
 
 pytestmark = pytest.mark.skipif(cpu.load() is None, reason="the CPU kernel is not built: no C compiler")
 

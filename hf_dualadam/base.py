@@ -1,0 +1,576 @@
+"""What the optimizers share: arguments, state, the choice of a path, and state dicts.
+
+An optimizer is a subclass with a formula (:class:`~hf_dualadam.functional.UpdateRule`) and the names of its moments.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import kernels
+from .functional import StepScalars, UpdateRule, step_scalars
+from .states import (
+    CORRECTION_DTYPES,
+    HALF_DTYPES,
+    MOMENT_FORMATS,
+    ExactMoments,
+    State,
+    exact_dtype,
+    format_for,
+    format_of,
+    new_correction,
+    read_weight,
+    write_weight_,
+)
+
+Item = tuple[Tensor, Tensor, State]  # parameter, gradient, state
+Group = dict[str, Any]
+
+# How an update is computed and its state stored: loading a state dict does not change these.
+EXECUTION_OPTIONS = ("foreach", "fused", "capturable", "state_bits", "master_weight_bits")
+# What another Adam-like optimizer's state has to say about a group; the rest stays as constructed.
+ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
+# What step_scalars takes besides lr.
+_SCALAR_OPTIONS = "betas eps weight_decay switch_rate inverse_scale normalize_inverse maximize".split()
+MAX_COUNT = 2**24  # float32 step counts stop here
+
+
+class MomentOptimizer(Optimizer):
+    """Base of the optimizers: Adam's arguments and state, around a formula that a subclass names.
+
+    State per parameter: ``step`` (0-dim float32, on the CPU unless ``capturable``; it stops at 2^24, where every bias
+    correction has long been 1) and the moments. Arithmetic on half-precision tensors is done in float32.
+
+    Attributes:
+        rule: the formula.
+        moments_of_state: names of the moments in a parameter's state, in the order in which the formula takes them.
+
+    Args:
+        params: tensors or parameter groups; floating point, dense.
+        lr: learning rate, a number >= 0 or a one-element tensor. Default 1e-3.
+        betas: decay rates of the two moments, each in [0, 1). Default (0.9, 0.999).
+        eps: added to the root of the second moment, >= 0. Default 1e-8.
+        weight_decay: decoupled weight decay, >= 0. Default 0.
+        state_bits: 32, or 8 for moments in 8-bit codes where a tensor is large enough. Default 32.
+        master_weight_bits: 24 or 32 to train float16 and bfloat16 parameters as weights of that many bits, with a
+            correction kept in the state; None to train the parameters themselves. Default None.
+        foreach: True to force the multi-tensor path, False to disable it. Default None: the fastest available.
+        fused: True to force the one-pass kernel, False to disable it; True is refused for parameters on the meta
+            device. Default None: the fastest available, which for these is known once they are materialized.
+        maximize: ascend instead of descend. Default False.
+        capturable: never read a device value on the host, for CUDA graphs. Default False.
+        options: the subclass's own options.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; a parameter is sparse or complex; a
+            path was forced that is not available.
+    """
+
+    rule: ClassVar[UpdateRule]
+    moments_of_state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        state_bits: int = 32,
+        master_weight_bits: int | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        **options: Any,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            **options,
+            "state_bits": state_bits,
+            "master_weight_bits": master_weight_bits,
+            "foreach": foreach,
+            "fused": fused,
+            "maximize": maximize,
+            "capturable": capturable,
+            "optimizer": type(self).__name__,  # distinguishes our state from other optimizers'
+        }
+        self._check_options(defaults)
+        super().__init__(params, defaults)
+        half = any(param.dtype in HALF_DTYPES for group in self.param_groups for param in group["params"])
+        if master_weight_bits is not None and not half:
+            raise ValueError(
+                f"Invalid master_weight_bits: {master_weight_bits} with no float16 or bfloat16 parameter - should be "
+                "None: float32 parameters are weights of 32 bits already."
+            )
+
+    @classmethod
+    def _check_options(cls, options: Group) -> None:
+        """Check the options of a group, and make numbers of what stands for one; subclasses add their own."""
+        check_options(options)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group, as in ``torch.optim``; its own options are checked like the constructor's.
+
+        Args:
+            param_group: ``params`` and any options that differ from the constructor's.
+
+        Raises:
+            ValueError, TypeError: as the constructor.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_options(group)
+            for param in group["params"]:
+                self._check_param(param, group)
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+
+    def _check_param(self, param: Tensor, group: Group) -> None:
+        """Refuse a parameter that no path can update, and a forced kernel that is not available."""
+        if not param.is_floating_point():  # complex numbers are not floating point to torch
+            raise ValueError(f"Invalid params: a tensor of {param.dtype} - should be real floating point.")
+        if param.layout != torch.strided:
+            raise ValueError(f"Invalid params: a tensor of layout {param.layout} - should be dense (torch.strided).")
+        if group["capturable"] and param.device.type == "mps":
+            raise ValueError("Invalid capturable: True with a parameter on mps - should be False there.")
+        if group["fused"]:
+            name = type(self).__name__
+            reason = kernels.unavailable_reason(param, group) if self.rule.kernel else f"{name} has no kernel."
+            if reason:
+                raise ValueError(f"Invalid fused: True - should be None or False here: {reason}")
+
+    # ---- the state ----
+
+    def moments(self, param: Tensor) -> tuple[Tensor, ...]:
+        """The moments of a parameter, however they are stored.
+
+        Args:
+            param: a parameter that has been updated.
+
+        Returns:
+            Float32 copies, (exp_avg, exp_avg_sq), shaped like ``param``.
+
+        Raises:
+            KeyError: the parameter has no state yet.
+        """
+        state = self._state_of(param)
+        decoded = (format_of(state, name).decode(state, name) for name in self.moments_of_state)
+        return tuple(moment.to(torch.float32, copy=True) for moment in decoded)
+
+    def master_weights(self, param: Tensor) -> Tensor:
+        """The weight that is trained: the parameter plus its correction, if ``master_weight_bits`` is set.
+
+        Args:
+            param: a parameter of this optimizer.
+
+        Returns:
+            A float32 copy, shaped like ``param``.
+        """
+        correction = self.state.get(param, {}).get("weight_correction")
+        param = param.detach()
+        return param.to(torch.float32, copy=True) if correction is None else read_weight(param, correction)
+
+    def _state_of(self, param: Tensor) -> State:
+        state: State = self.state.get(param, {})
+        if "step" not in state:
+            raise KeyError(f"a parameter of shape {tuple(param.shape)} has no state: take a step first")
+        return state
+
+    def _prepare_state(self, param: Tensor, group: Group) -> list[str]:
+        """Make the state that ``param`` needs, or bring an existing one into the form that a new one would have.
+
+        Floating-point moments keep a wider dtype than a new state's, never a narrower one. Keys of others stay.
+
+        Returns:
+            What was converted at the cost of precision or information, in words.
+        """
+        state = self.state[param]
+        notes = []
+        # Tensors made in inference mode could not be written to outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            fresh = "step" not in state
+            device = param.device if group["capturable"] else torch.device("cpu")
+            if fresh or not _is_count(state["step"], device):
+                count = torch.as_tensor(state.get("step", 0), dtype=torch.float32, device=device)
+                state["step"] = count.detach().reshape(()).clone()
+            wanted = format_for(param, group["state_bits"])
+            for name in self.moments_of_state:
+                if fresh or name not in state:
+                    state.update(wanted.zeros(param, name))
+                elif format_of(state, name) is not wanted:
+                    note = _convert_moment(param, state, name, group["state_bits"])
+                    notes += [note] if note else []
+                elif isinstance(wanted, ExactMoments) and _is_narrower(state[name], exact_dtype(param)):
+                    state[name] = state[name].to(exact_dtype(param))
+            bits = group["master_weight_bits"] if param.dtype in HALF_DTYPES else None
+            correction = state.get("weight_correction")
+            if correction is not None and (bits is None or correction.dtype != CORRECTION_DTYPES[bits]):
+                del state["weight_correction"]
+                notes.append("corrections of 16-bit weights that do not fit master_weight_bits are dropped")
+                correction = None
+            if correction is None and bits is not None:
+                state["weight_correction"] = new_correction(param, bits)
+        return notes
+
+    # ---- one step ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform one optimization step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; it runs with gradients enabled. Default None.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or normalize_inverse meets parameters that FSDP1 has flattened.
+        """
+        _check_graph_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches = [(group, self._collect(group)) for group in self.param_groups]
+        for group, items in kernels.update(batches) if self.rule.kernel else batches:
+            self._update(group, items)
+        return loss
+
+    def _collect(self, group: Group) -> list[Item]:
+        """Parameter, gradient and state of each parameter with a gradient; completes the states."""
+        items = []
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; use a dense embedding.")
+            if group.get("normalize_inverse") and getattr(param, "_fsdp_flattened", False):
+                raise RuntimeError("normalize_inverse needs whole tensors, and FSDP1 flattens them: use FSDP2.")
+            self._prepare_state(param, group)
+            items.append((param, grad, self.state[param]))
+        return items
+
+    def _update(self, group: Group, items: list[Item]) -> None:
+        """Count the step and update, by the multi-tensor statement of the formula unless it is disabled."""
+        if not items:
+            return
+        torch._foreach_add_([state["step"] for *_, state in items], 1)
+        foreach = self.rule.foreach is not None and group["foreach"] is not False
+        for batch, scalars in _batches(group, items, foreach):
+            working = [self._read(item) for item in batch]
+            if foreach and self.rule.foreach is not None:
+                self.rule.foreach(*map(list, zip(*working)), scalars)
+            else:
+                for tensors in working:
+                    self.rule.single(*tensors, scalars)
+            for item, tensors in zip(batch, working):
+                self._write(item, tensors)
+
+    def _read(self, item: Item) -> list[Tensor]:
+        """(param, grad, *moments) as the formula takes them: of one dtype, float32 or wider."""
+        param, grad, state = item
+        moments = [format_of(state, name).decode(state, name) for name in self.moments_of_state]
+        dtype = torch.float32
+        for tensor in (param, grad, *moments):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        weight = read_weight(param, state["weight_correction"]) if "weight_correction" in state else param
+        return [tensor.to(dtype) for tensor in (weight, grad, *moments)]
+
+    def _write(self, item: Item, tensors: list[Tensor]) -> None:
+        """Store what the formula has updated, where it worked on copies."""
+        param, _, state = item
+        weight, _, *moments = tensors
+        if "weight_correction" in state:
+            write_weight_(param, state["weight_correction"], weight, state["step"])
+        elif weight is not param:
+            param.copy_(weight)
+        for name, moment in zip(self.moments_of_state, moments):
+            format_of(state, name).encode_(state, name, moment)
+
+    # ---- state dicts ----
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from pickle or a state dict; options that an older state lacks get their defaults."""
+        own = {name for group in self.__dict__.get("param_groups", []) for name in group}
+        super().__setstate__(state)
+        if "differentiable" not in own:  # torch adds it; a new optimizer of ours has no such key
+            for options in (self.defaults, *self.param_groups):
+                options.pop("differentiable", None)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this class or of an Adam-like optimizer, without losing precision.
+
+        Moments, step counts and hyper-parameters come from the state, as in ``torch.optim``; how updates are computed
+        and moments are stored (``foreach``, ``fused``, ``capturable``, ``state_bits``, ``master_weight_bits``) stays
+        as constructed, and loaded moments are converted. A state of another optimizer (AdamW, say) is accepted with
+        one warning: its moments and step counts are kept, so steps already done count towards the switch, and the
+        options that it does not know stay as constructed. Hooks registered by
+        ``register_load_state_dict_pre_hook`` run first, and all of this applies to what they return.
+
+        Args:
+            state_dict: as returned by ``state_dict()``.
+
+        Raises:
+            ValueError: the state does not fit the parameters, or lacks the moments.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check_and_keep(_: Optimizer, hooked: dict[str, Any]) -> None:
+            self._check_loaded(hooked)
+            loaded.update(hooked)
+
+        before = [dict(group) for group in self.param_groups]
+        handle = self.register_load_state_dict_pre_hook(check_and_keep)  # the last of them
+        restore = self.register_load_state_dict_post_hook(lambda _: self._restore(loaded, before), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            restore.remove()
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that does not fit, before anything is overwritten."""
+        groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            return  # torch's own message names the groups
+        for saved_id, param in _pairs(groups, self.param_groups):
+            state = state_dict["state"].get(saved_id)
+            if not state:
+                continue
+            missing = [name for name in ("step", *self.moments_of_state) if name not in state]
+            if missing:
+                raise ValueError(
+                    f"Invalid state_dict: the state of parameter {saved_id!r} has {sorted(state)} and lacks "
+                    f"{', '.join(missing)} - should come from {type(self).__name__}, Adam or AdamW."
+                )
+            for name in self.moments_of_state:
+                if state[name].shape != param.shape:
+                    raise ValueError(
+                        f"Invalid state_dict: {name} of parameter {saved_id!r} has shape {tuple(state[name].shape)} - "
+                        f"should be {tuple(param.shape)}, the parameter's."
+                    )
+
+    def _restore(self, loaded: dict[str, Any], before: list[Group]) -> None:
+        """Put back what torch cast to the parameters' dtype (pytorch issue 43706), and bring it into our form."""
+        name = type(self).__name__
+        saved_by = [group.get("optimizer", "another optimizer") for group in loaded["param_groups"]]
+        foreign = sorted(set(saved_by) - {name})
+        converted: list[str] = []
+        for saved_id, param in _pairs(loaded["param_groups"], self.param_groups):
+            for key, value in (loaded["state"].get(saved_id) or {}).items():
+                cast = self.state[param].get(key)
+                if isinstance(value, Tensor) and isinstance(cast, Tensor) and cast.dtype != value.dtype:
+                    self.state[param][key] = value.to(cast.device, copy=True)
+        for group, old, owner in zip(self.param_groups, before, saved_by):
+            kept = {*EXECUTION_OPTIONS, *(old.keys() - {"params", *ADAM_OPTIONS} if owner in foreign else ())}
+            group.update({key: old[key] for key in kept})
+            for key, value in old.items():
+                group.setdefault(key, value)
+            for param in group["params"]:
+                if self.state.get(param):
+                    converted += self._prepare_state(param, group)
+        self._warn_about_loaded(loaded, foreign, before, converted)
+
+    def _warn_about_loaded(
+        self, loaded: dict[str, Any], foreign: list[str], before: list[Group], converted: list[str]
+    ) -> None:
+        notes = []
+        if foreign:
+            owner, name = ", ".join(foreign), type(self).__name__
+            if any(loaded["state"].values()):
+                notes.append(
+                    f"The loaded state was saved by {owner}, not by {name}: its moments and step counts are kept, so "
+                    "steps already done count towards the switch to AdamW."
+                )
+            else:
+                notes.append(
+                    f"The loaded state was saved by {owner}, not by {name}, and holds no moments: {name} starts at "
+                    "step 1."
+                )
+        replaced = _replaced_options(before, self.param_groups)
+        if replaced:
+            notes.append(f"The loaded state replaces options that were given: {', '.join(replaced)}.")
+        notes += [f"While loading, {note}." for note in dict.fromkeys(converted)]
+        if notes:
+            warnings.warn(" ".join(notes), stacklevel=6)
+
+
+# torch 2.13 renamed its check that a captured step is capturable.
+def _check_graph_capture(optimizer: Optimizer) -> None:
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        check = getattr(optimizer, name, None)
+        if check is not None:
+            check()
+            return
+
+
+def _pairs(saved: Iterable[Group], groups: Iterable[Group]) -> Iterator[tuple[Any, Tensor]]:
+    """Ids of saved parameters beside the parameters that they stand for."""
+    ids = chain.from_iterable(group["params"] for group in saved)
+    return zip(ids, chain.from_iterable(group["params"] for group in groups))
+
+
+def _is_count(step: Any, device: torch.device) -> bool:
+    return (
+        isinstance(step, Tensor)
+        and step.dtype == torch.float32
+        and step.dim() == 0
+        and step.device.type == device.type
+        and not step.requires_grad
+    )
+
+
+def _is_narrower(moment: Tensor, dtype: torch.dtype) -> bool:
+    return moment.dtype != dtype and torch.promote_types(moment.dtype, dtype) != moment.dtype
+
+
+def _convert_moment(param: Tensor, state: State, name: str, state_bits: int) -> str | None:
+    """Store a moment in the format of ``state_bits``; say so if bits are lost."""
+    wanted, stored = format_for(param, state_bits), format_of(state, name)
+    moment = stored.decode(state, name)
+    entries = [key for key in stored.zeros(param, name) if key != name]
+    for key in entries:
+        state.pop(key, None)
+    state.update(wanted.zeros(param, name))
+    wanted.encode_(state, name, moment)
+    if isinstance(wanted, ExactMoments):
+        return "moments of fewer bits are decoded to 32 bits"
+    return f"moments are rounded to {state_bits} bits"
+
+
+def _batches(group: Group, items: list[Item], foreach: bool) -> Iterator[tuple[list[Item], StepScalars]]:
+    """Split a group's items into (items, scalars) that one call can update.
+
+    Reads the step counts on the host, except where that is forbidden (``capturable``) or would break a compiled
+    graph; there the scalars are tensors, one per parameter.
+    """
+    options = {name: group[name] for name in _SCALAR_OPTIONS if name in group}
+    on_host = not (group["capturable"] or torch.compiler.is_compiling())
+    options["lr"] = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
+    if on_host:
+        options["lr"] = float(options["lr"])
+    batches = defaultdict(list)
+    for item in items:
+        param, grad, state = item
+        mesh = getattr(param, "device_mesh", None)  # one call takes plain tensors or DTensors of one mesh
+        moments = (state[name].dtype for name in state if name.startswith("exp_avg"))
+        step = state["step"].item() if on_host else None
+        batches[(step, mesh, param.device, param.dtype, grad.dtype, *moments)].append(item)
+    for (step, *_), batch in batches.items():
+        if on_host:
+            yield batch, step_scalars(step, **options)
+        elif foreach:
+            yield batch, _transpose([step_scalars(state["step"], **options) for *_, state in batch])
+        else:
+            for item in batch:
+                yield [item], step_scalars(item[2]["step"], **options)
+
+
+def _transpose(scalars: list[StepScalars]) -> StepScalars:
+    """One StepScalars of lists from a list of StepScalars; fields shared by all stay scalars."""
+    columns = [list(column) for column in zip(*scalars)]
+    return StepScalars(*(column if isinstance(column[0], Tensor) else column[0] for column in columns))
+
+
+def _replaced_options(before: list[Group], after: list[Group]) -> list[str]:
+    """The options given to this optimizer that a loaded state has replaced."""
+    skipped = {"params", "lr", "optimizer", "foreach", "fused", "capturable", "state_bits", "master_weight_bits"}
+    changes = []
+    for index, (old, new) in enumerate(zip(before, after)):
+        for name in sorted(old.keys() & new.keys() - skipped):  # lr itself changes with every schedule
+            if name in ("switch_rate", "planned_steps") and "switch_fraction" in old.keys() & new.keys():
+                continue
+            if _differs(old[name], new[name]):
+                changes.append(f"{name}: {new[name]} instead of {old[name]} (group {index})")
+    return changes
+
+
+def _differs(old: Any, new: Any) -> bool:
+    if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)):
+        return tuple(old) != tuple(new)
+    return bool(old != new)
+
+
+# ---- checks of options ----
+
+
+def check_options(options: Group) -> None:
+    """Check the options that all optimizers share; the messages name the argument, its value and what is allowed."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(f"Invalid lr: tensor of shape {tuple(lr.shape)}, {lr.dtype} - should be one float.")
+        if lr.device.type == "cpu":
+            as_number("lr", lr.item(), 0.0)
+    else:
+        check_number(options, "lr", 0.0)
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"Invalid betas: {betas!r} - should be two numbers in [0.0, 1.0).")
+    options["betas"] = tuple(
+        as_number(f"betas[{index}]", beta, 0.0, 1.0, open_end=True) for index, beta in enumerate(betas)
+    )
+    check_number(options, "eps", 0.0)
+    check_number(options, "weight_decay", 0.0)
+    check_flag(options, "maximize", "capturable")
+    check_flag(options, "foreach", "fused", optional=True)
+    check_choice(options, "state_bits", MOMENT_FORMATS)
+    check_choice(options, "master_weight_bits", (None, *CORRECTION_DTYPES))
+    if options["foreach"] and options["fused"]:
+        raise ValueError("Invalid foreach: True with fused=True - should be at most one of the two.")
+
+
+def check_number(options: Group, name: str, low: float, high: float = math.inf) -> None:
+    """Make a float of ``options[name]``, which should be a number in [low, high]."""
+    options[name] = as_number(name, options[name], low, high)
+
+
+def as_number(name: str, value: Any, low: float, high: float = math.inf, open_end: bool = False) -> float:
+    """The number as a float, so that state dicts hold nothing of numpy; also a one-element array's."""
+    if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"Invalid {name}: {value!r} - should be a number, not {type(value).__name__}.")
+    number = float(value)
+    inside = low <= number < high if open_end or high == math.inf else low <= number <= high
+    if not inside:  # NaN is in no range
+        bracket = ")" if open_end or high == math.inf else "]"
+        raise ValueError(f"Invalid {name}: {value} - should be in [{low}, {high}{bracket}.")
+    return number
+
+
+def check_flag(options: Group, *names: str, optional: bool = False) -> None:
+    """Check that ``options[name]`` is True or False, or if optional None."""
+    allowed = (True, False, None) if optional else (True, False)
+    for name in names:
+        if not any(options[name] is value for value in allowed):
+            raise TypeError(f"Invalid {name}: {options[name]!r} - should be {' or '.join(map(str, allowed))}.")
+
+
+def check_choice(options: Group, name: str, allowed: Iterable[Any]) -> None:
+    """Check that ``options[name]`` is one of ``allowed``."""
+    value, choices = options[name], list(allowed)
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"Invalid {name}: {value!r} - should be {' or '.join(map(str, choices))}.")
