@@ -28,6 +28,7 @@ from . import data
 from .config import InputError
 from .data import DataArguments, Table
 from .embedded import resolve_model
+from .exact_loss import ExactEvaluation
 from .models import ModelArguments, load_config, loading, model_builder, processor_source
 from .tasks import Task, TaskKind
 from .training import Run
@@ -76,7 +77,7 @@ class ClmArguments(DataArguments):
             raise InputError("tokenizer_name and new_tokenizer_size: give one of them, not both")
 
 
-class PerplexityTrainer(SFTTrainer):
+class PerplexityTrainer(ExactEvaluation, SFTTrainer):
     """SFTTrainer whose evaluation is per token: loss and perplexity, and those of a unigram model beside them.
 
     Trainer averages the mean losses of batches; with texts of different lengths, or few completion tokens in a batch,
@@ -116,28 +117,24 @@ class PerplexityTrainer(SFTTrainer):
         return {name: value for name, value in metrics.items() if not name.endswith(TRL_METRICS)}
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """Trainer's loop, with loss and perplexity per token."""
-        # Sum of the losses, number of targets, and their sum of losses under the unigram model.
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        """The loss per token, and the perplexities."""
+        self._unigram_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count, unigram = self.accelerator.reduce(self._sums, "sum").tolist()
-        loss = total / count
-        output.metrics[f"{metric_key_prefix}_loss"] = loss
-        output.metrics[f"{metric_key_prefix}_perplexity"] = _exp(loss)
+        output.metrics[f"{metric_key_prefix}_perplexity"] = _exp(output.metrics[f"{metric_key_prefix}_loss"])
         if self._unigram_log_probs is not None:
-            self.unigram_perplexity = _exp(unigram / count)
+            tokens = self.accelerator.reduce(self._evaluated[1], "sum").item()
+            self.unigram_perplexity = _exp(self.accelerator.reduce(self._unigram_loss, "sum").item() / tokens)
         return output
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Trainer's step, and the batch's share of the sums."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        targets = inputs["labels"][:, 1:]
-        targets = targets[targets >= 0].cpu()
-        self._sums[0] += loss.double() * len(targets)
-        self._sums[1] += len(targets)
+    def items(self, inputs: dict[str, Any]) -> int:
+        """The number of targets: the first token of a row is none."""
+        return int((inputs["labels"][:, 1:] >= 0).sum())
+
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Add up the loss of the unigram model."""
         if self._unigram_log_probs is not None:
-            self._sums[2] -= self._unigram_log_probs[targets].sum()
-        return loss, logits, labels
+            targets = inputs["labels"][:, 1:]
+            self._unigram_loss -= self._unigram_log_probs[targets[targets >= 0].cpu()].sum()
 
 
 def build(

@@ -18,6 +18,7 @@ from . import data
 from .config import InputError
 from .data import DataArguments, Table
 from .embedded import MINILM, resolve_model
+from .exact_loss import ClassifierTrainer
 from .metrics import LocalMetric, compute_metrics_for, majority_baseline
 from .models import (
     ModelArguments,
@@ -147,6 +148,7 @@ def build(
         label_names=list(classes) or None,
         baseline=majority_baseline(metric, train, held_out.get("")),
         card=_card(args, model_args),
+        trainer_cls=ClassifierTrainer,
     )
 
 

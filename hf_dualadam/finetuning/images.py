@@ -26,6 +26,7 @@ from transformers import (
 from . import data
 from .config import InputError
 from .data import DataArguments, Table
+from .exact_loss import ClassifierTrainer
 from .metrics import LocalMetric, compute_metrics_for, majority_baseline
 from .models import ModelArguments, load_config, loading, model_builder, model_order, processor_source, set_labels
 from .tasks import Task, TaskKind
@@ -245,6 +246,7 @@ def build(
         label_names=list(order),
         baseline=majority_baseline(metric, train, held_out),
         card={"tasks": "image-classification", "tags": ["image-classification", "vision"], "dataset": args.name},
+        trainer_cls=ClassifierTrainer,
     )
 
 

@@ -18,6 +18,12 @@ def test_trainer_and_accelerate(check):
     assert result == "ok", result
 
 
+@pytest.mark.parametrize("check", checks("finetuning_checks"))
+def test_finetuning(check):
+    result = outcomes("finetuning_checks", launcher="torchrun", ACCELERATE_USE_CPU="true")[check]
+    assert result == "ok", result
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("check", checks("deepspeed_checks"))
 def test_deepspeed(check):

@@ -1,0 +1,91 @@
+"""Losses that do not depend on how a batch is cut up into micro-batches and processes.
+
+Transformers 5's Trainer assumes of every model whose ``forward`` accepts ``**kwargs`` that it divides its loss by the
+number of items in the whole batch (``model_accepts_loss_kwargs``). Causal language models do. Classification heads
+return the mean over the micro-batch all the same, so that loss and gradients grow with gradient accumulation and the
+number of processes. AdamW hides it, as a constant factor cancels; clipping and the inverse update do not.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
+
+
+class ExactEvaluation(Trainer):
+    """Evaluates every example once, on any number of processes, and weights batches by what their mean is over.
+
+    The last batches are filled up with examples from the beginning where they do not divide among the processes; the
+    loss of those does not count. A subclass says what a loss is the mean over.
+    """
+
+    def items(self, inputs: dict[str, Any]) -> int:
+        """The number of items whose mean loss the model returns: examples, here."""
+        return find_batch_size(inputs)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """Trainer's loop, with the mean loss over all items."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, items
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, items = self.accelerator.reduce(self._evaluated, "sum").tolist()
+        if items:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / items
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Trainer's step, which also adds the batch to the sums."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is None:
+            return loss, logits, labels
+        counted, rows = inputs, find_batch_size(inputs)
+        if self._filled_up():  # the same on every process, as sharded models need all of them for a forward pass
+            size = rows
+            rows = min(max(self.accelerator.gradient_state.remainder - self.accelerator.process_index * size, 0), size)
+            counted = {name: _first(value, max(rows, 1), size) for name, value in inputs.items()}
+            loss_counted = super().prediction_step(model, counted, True, ignore_keys)[0]
+        else:
+            loss_counted = loss
+        items = self.items(counted) if rows else 0
+        if items:
+            self._evaluated += torch.stack([loss_counted.double() * items, loss.new_tensor(items).double()])
+            self.count(counted)
+        return loss, logits, labels
+
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Called with each evaluated batch, without the examples that only fill it up."""
+
+    def _filled_up(self) -> bool:
+        """Whether examples from the beginning fill up the batches of all processes, which are the last ones."""
+        state = self.accelerator.gradient_state
+        return self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0
+
+
+class ClassifierTrainer(ExactEvaluation):
+    """Trains with the mean loss over the examples of the whole batch, however it is cut up.
+
+    For models whose loss is the mean over the examples they are given. A micro-batch counts by its number of examples.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Trainer's micro-batches of one step, with the number of their examples on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        examples = torch.tensor(sum(find_batch_size(batch) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(examples, "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's loss; in training, times the micro-batch's share of the examples over an equal share."""
+        examples = find_batch_size(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if num_items_in_batch is not None:  # Trainer and the processes then take the mean over the parts
+            parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            loss = loss * (examples * parts / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+def _first(value: Any, rows: int, size: int) -> Any:
+    return value[:rows] if isinstance(value, torch.Tensor) and value.dim() and len(value) == size else value
