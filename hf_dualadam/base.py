@@ -54,6 +54,7 @@ class MomentOptimizer(Optimizer):
     Attributes:
         rule: the formula.
         moments_of_state: names of the moments in a parameter's state, in the order in which the formula takes them.
+        own_options: names of the options that the subclass adds to the groups.
 
     Args:
         params: tensors or parameter groups; floating point, dense.
@@ -78,6 +79,7 @@ class MomentOptimizer(Optimizer):
 
     rule: ClassVar[UpdateRule]
     moments_of_state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    own_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -95,6 +97,9 @@ class MomentOptimizer(Optimizer):
         capturable: bool = False,
         **options: Any,
     ) -> None:
+        unknown = sorted(options.keys() - self.own_options)
+        if unknown:
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -341,14 +346,22 @@ class MomentOptimizer(Optimizer):
             self._check_loaded(hooked)
             loaded.update(hooked)
 
+        def restore(_: Optimizer) -> None:
+            notes.extend(self._restore(loaded, before))
+
         before = [dict(group) for group in self.param_groups]
-        handle = self.register_load_state_dict_pre_hook(check_and_keep)  # the last of them
-        restore = self.register_load_state_dict_post_hook(lambda _: self._restore(loaded, before), prepend=True)
+        notes: list[str] = []
+        handles = [
+            self.register_load_state_dict_pre_hook(check_and_keep),  # the last of them
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-            restore.remove()
+            for handle in handles:
+                handle.remove()
+        if notes:
+            warnings.warn(" ".join(notes), stacklevel=2)
 
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state that does not fit, before anything is overwritten."""
@@ -372,8 +385,12 @@ class MomentOptimizer(Optimizer):
                         f"should be {tuple(param.shape)}, the parameter's."
                     )
 
-    def _restore(self, loaded: dict[str, Any], before: list[Group]) -> None:
-        """Put back what torch cast to the parameters' dtype (pytorch issue 43706), and bring it into our form."""
+    def _restore(self, loaded: dict[str, Any], before: list[Group]) -> list[str]:
+        """Put back what torch cast to the parameters' dtype (pytorch issue 43706), and bring it into our form.
+
+        Returns:
+            What the user should know of it, in sentences.
+        """
         name = type(self).__name__
         saved_by = [group.get("optimizer", "another optimizer") for group in loaded["param_groups"]]
         foreign = sorted(set(saved_by) - {name})
@@ -391,14 +408,9 @@ class MomentOptimizer(Optimizer):
             for param in group["params"]:
                 if self.state.get(param):
                     converted += self._prepare_state(param, group)
-        self._warn_about_loaded(loaded, foreign, before, converted)
-
-    def _warn_about_loaded(
-        self, loaded: dict[str, Any], foreign: list[str], before: list[Group], converted: list[str]
-    ) -> None:
         notes = []
         if foreign:
-            owner, name = ", ".join(foreign), type(self).__name__
+            owner = ", ".join(foreign)
             if any(loaded["state"].values()):
                 notes.append(
                     f"The loaded state was saved by {owner}, not by {name}: its moments and step counts are kept, so "
@@ -412,9 +424,7 @@ class MomentOptimizer(Optimizer):
         replaced = _replaced_options(before, self.param_groups)
         if replaced:
             notes.append(f"The loaded state replaces options that were given: {', '.join(replaced)}.")
-        notes += [f"While loading, {note}." for note in dict.fromkeys(converted)]
-        if notes:
-            warnings.warn(" ".join(notes), stacklevel=6)
+        return notes + [f"While loading, {note}." for note in dict.fromkeys(converted)]
 
 
 # torch 2.13 renamed its check that a captured step is capturable.

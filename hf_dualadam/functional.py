@@ -45,6 +45,7 @@ class StepScalars(NamedTuple):
     0-dim tensor; for lists of tensors it is then a list of 0-dim tensors.
 
     Attributes:
+        lr: eta.
         beta1: decay rate of m.
         beta2: decay rate of v.
         eps: epsilon.
@@ -58,6 +59,7 @@ class StepScalars(NamedTuple):
         normalize_inverse: whether m*d is first rescaled to the norm of m/d.
     """
 
+    lr: Any
     beta1: float
     beta2: float
     eps: float
@@ -139,6 +141,7 @@ def step_scalars(
         step = step.double()
     alpha = inverse_weight(step, switch_rate)
     return StepScalars(
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         eps=eps,

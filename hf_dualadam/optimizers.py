@@ -59,6 +59,7 @@ class DualAdam(MomentOptimizer):
     """
 
     rule = DUAL_UPDATE
+    own_options = frozenset({"switch_rate", "normalize_inverse", "inverse_scale"})
 
     def __init__(
         self,
