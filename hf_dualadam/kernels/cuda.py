@@ -23,7 +23,8 @@ from .layout import Operands, is_sharded, mark_as_written, operands, overlapping
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_REMEDY = "run `pip install triton`"
+_REMEDY = "run `pip install 'triton>=3.2'` (torch 2.6 and newer bring it)"
+_OLDEST_TRITON = (3, 2)  # 3.1 and older compute wrong numbers in the interpreter; compiled, they are untested
 _is_here = operator.attrgetter("is_cuda")
 
 # A captured graph copies from the same pinned memory and reads the same tables whenever it is replayed, and pinned
@@ -34,11 +35,17 @@ _used_by_graphs: list[Tensor] = []
 
 @functools.cache
 def load():
-    """Import the Triton kernels; None where Triton is missing, which is logged once."""
+    """Import the Triton kernels; None where Triton is missing or too old, which is logged once."""
     try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+            raise ImportError(f"found {triton.__version__}")
         from . import dual_update_triton
     except ImportError as error:
-        logger.warning("The CUDA kernel of hf_dualadam needs Triton (%s), so steps take longer: %s.", error, _REMEDY)
+        logger.warning(
+            "The CUDA kernel of hf_dualadam needs Triton 3.2 (%s), so steps take longer: %s.", error, _REMEDY
+        )
         return None
     return dual_update_triton
 
@@ -46,7 +53,7 @@ def load():
 def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
     """Say why the kernel cannot update ``param`` with the options of ``group``, or None if it can."""
     if load() is None:
-        return f"the CUDA kernel needs Triton; {_REMEDY}."
+        return f"the CUDA kernel needs Triton 3.2 or newer; {_REMEDY}."
     if param.dtype not in _DTYPES:
         return f"the CUDA kernel does not know {param.dtype}."
     if group["normalize_inverse"] and is_sharded(param):

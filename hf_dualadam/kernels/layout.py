@@ -86,6 +86,6 @@ def mark_as_written(params: list[Tensor]) -> None:
     """Let autograd notice where a tensor that it saved was overwritten."""
     try:
         increment_version(params)
-    except TypeError:  # torch < 2.6 takes them one by one
+    except (RuntimeError, TypeError):  # older releases (2.4) take one tensor at a time
         for param in params:
             increment_version(param)

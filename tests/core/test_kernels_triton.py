@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="needs Triton")
+triton = pytest.importorskip("triton", "3.2", reason="needs Triton 3.2")
 
 CHECKS = Path(__file__).with_name("triton_checks.py")
 

@@ -55,6 +55,8 @@ def _arguments(folder, **options):
 
 def _train(folder, resume=None, **options):
     trainer = Trainer(TinyModel(), _arguments(folder, **options), train_dataset=_data(), eval_dataset=_data(16))
+    if resume and torch.__version__ < (2, 6):
+        pytest.skip("needs torch 2.6: transformers loads no optimizer.pt with an older one")
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
