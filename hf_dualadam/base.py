@@ -219,6 +219,10 @@ class MomentOptimizer(Optimizer):
             for name in self.moments_of_state:
                 if fresh or name not in state:
                     state.update(wanted.zeros(param, name))
+                elif state[name].shape != param.shape:
+                    raise RuntimeError(
+                        f"The state's {name} has shape {tuple(state[name].shape)}, its parameter {tuple(param.shape)}."
+                    )
                 elif format_of(state, name) is not wanted:
                     note = _convert_moment(param, state, name, group["state_bits"])
                     notes += [note] if note else []

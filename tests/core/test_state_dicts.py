@@ -167,12 +167,15 @@ def test_moments_of_another_shape_are_refused_when_loading(shape, options):
 
 
 @every_path
-def test_moments_of_another_shape_in_the_state_raise_on_every_path(options):
-    param = _param(2, 3)
-    optimizer = _stepped(param, **options)
-    optimizer.state[param]["exp_avg"] = torch.ones(3, 2)
-    with pytest.raises(RuntimeError, match="size|shape"):
+def test_moments_of_another_shape_in_the_state_stop_a_step_before_anything_moves(options):
+    params = [_param(4), _param(2, 3)]
+    optimizer = DualAdam(params, **options)
+    optimizer.step()
+    optimizer.state[params[1]]["exp_avg"] = torch.ones(3, 2)
+    before = copy.deepcopy((params, optimizer.state[params[0]]))
+    with pytest.raises(RuntimeError, match=r"exp_avg has shape \(3, 2\), its parameter \(2, 3\)"):
         optimizer.step()
+    assert str((params, optimizer.state[params[0]])) == str(before)
 
 
 @every_path
