@@ -1,13 +1,16 @@
-"""What happens while a Trainer runs: planned steps, logged statistics, warnings."""
+"""What happens while a Trainer runs: the planned switch, logged statistics, warnings."""
 
 from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
+import torch
 from transformers.trainer_callback import TrainerCallback
 
 from ..diagnostics import InverseStatistics, inverse_statistics
+from ..functional import inverse_weight
 from ..optimizers import OPTIMIZERS, DualAdam
 from .optim_args import parse_optim_args
 
@@ -16,17 +19,25 @@ logger = logging.getLogger(__name__)
 # A share below this moves nothing that a longer warm-up would not; steps above this fraction of the weights diverge.
 NEGLIGIBLE_SHARE = 0.01
 DIVERGING_STEP = 0.1
+# Float32 step counts stop here, so a longer inverse phase never ends.
+LARGEST_STEP = 2**24
 
 
 class DualAdamCallback(TrainerCallback):
-    """Resolves ``switch_fraction``, logs what the inverse part does, and warns. Idle with other optimizers.
+    """Resolves ``switch_fraction``, logs what the inverse part does, and warns.
 
     With every training log of Trainer it adds ``alpha``, ``inverse_share`` and ``inverse_rms_ratio``
-    (:class:`~hf_dualadam.diagnostics.InverseStatistics`), measured on logging steps only.
+    (:class:`~hf_dualadam.diagnostics.InverseStatistics`), measured on logging steps only. Every Trainer gets one when
+    ``hf_dualadam`` is imported; with other optimizers it changes nothing, and only warns of a loss that is scaled
+    wrongly (:mod:`~hf_dualadam.trainer.loss_scaling`).
     """
 
     def __init__(self):
+        self.loss_is_checked = False  # in this training, by the Trainer's first step
         self._warned: set[str] = set()
+        self._report: str | None = None
+        self._planned_steps: int | None = None
+        self._planned_groups: list[int] = []
 
     def on_init_end(self, args, state, control, **kwargs):
         """Check ``optim_args`` as soon as there is a Trainer.
@@ -37,46 +48,117 @@ class DualAdamCallback(TrainerCallback):
         if args.optim in OPTIMIZERS:
             parse_optim_args(args.optim_args, OPTIMIZERS[args.optim])
 
+    def plan(self, args, optimizer, steps: int) -> None:
+        """Turn ``switch_fraction`` into a rate, each time that Trainer plans a training.
+
+        Trainer plans when ``train`` is called, and again when ``auto_find_batch_size`` changes the batch size; a
+        checkpoint is loaded after that, and its rates replace these. Parameter groups with a rate of their own keep it.
+
+        Args:
+            args: the ``TrainingArguments``.
+            optimizer: the optimizer, with its wrappers.
+            steps: planned optimizer steps, over the whole training.
+        """
+        inner = _unwrap(optimizer)[-1]
+        fraction = _switch_fraction(args, inner)
+        if fraction is None:
+            return
+        groups = inner.param_groups
+        followers = [i for i, group in enumerate(groups) if group["switch_rate"] == inner.defaults["switch_rate"]]
+        for index in followers:
+            groups[index]["switch_rate"] = switch_rate(fraction, steps)
+        inner.defaults["switch_rate"] = switch_rate(fraction, steps)
+        self._planned_steps, self._planned_groups = steps, followers
+
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        """Turn ``switch_fraction`` into a rate, and stop if DeepSpeed has replaced or would distort the optimizer.
+        """Say where the switch is, and stop if DeepSpeed has replaced or would distort the optimizer.
 
         Raises:
             RuntimeError: the optimizer asked for is not the one that would run, or cannot keep its promise.
         """
         self._warned.clear()
+        self._report, self.loss_is_checked = None, False
         inner = _unwrap(optimizer)[-1]
-        if not isinstance(inner, DualAdam):
-            if args.optim in OPTIMIZERS and type(inner).__module__.startswith("deepspeed"):
-                raise RuntimeError(
-                    f"DeepSpeed's offload has replaced {OPTIMIZERS[args.optim].__name__} by {type(inner).__name__}: "
-                    'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.'
-                )
-            self._warn_left_behind(inner)
+        if not isinstance(inner, tuple(OPTIMIZERS.values())):
+            self._check_other_optimizer(args, inner)
             return
-        if _is_partitioned(optimizer) and any(group["normalize_inverse"] for group in inner.param_groups):
+        if _is_partitioned(optimizer) and any(group.get("normalize_inverse") for group in inner.param_groups):
             raise RuntimeError(
                 "normalize_inverse needs whole tensors, and DeepSpeed's ZeRO flattens them: set "
                 "normalize_inverse=false, or use FSDP2 instead of ZeRO."
             )
-        for options in inner.param_groups:
-            if options.get("planned_steps", 0) is None:
-                options["planned_steps"] = state.max_steps
-                options["switch_rate"] = min(1.0, 1 / (options["switch_fraction"] * max(1, state.max_steps)))
-                inner.defaults["switch_rate"] = options["switch_rate"]
+        if self._planned_steps != state.max_steps:  # a Trainer with its own create_scheduler does not say its plan
+            self.plan(args, optimizer, state.max_steps)
+        for group in inner.param_groups:  # checkpoints of version 0.1 and before hold Trainer's plan
+            for key in ("switch_fraction", "planned_steps"):
+                group.pop(key, None)
+        if "switch_rate" in inner.defaults:
+            self._report_switch(args, state, inner)
+        self._planned_steps, self._planned_groups = None, []
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         """Add the figures of the last step to a training log, and warn where they call for it."""
         inner = _unwrap(optimizer)[-1]
-        if not isinstance(inner, DualAdam) or logs is None or "loss" not in logs:
+        if not isinstance(inner, DualAdam) or not _is_training_log(logs):
             return
         statistics = inverse_statistics(inner, _is_partitioned(optimizer))
         if statistics is None:
             return
         figures = {name: getattr(statistics, name) for name in ("alpha", "inverse_share", "inverse_rms_ratio")}
-        logs.update(figures)
-        if state.log_history:
+        if state.log_history and logs.keys() <= state.log_history[-1].keys():
             state.log_history[-1].update(figures)
-        self._warn(statistics, logs["loss"], state.global_step, type(inner).__name__)
+        self._warn(statistics, _loss(logs), state.global_step, type(inner).__name__)
+        logs.update(figures)
+
+    def _report_switch(self, args, state, inner: torch.optim.Optimizer) -> None:
+        """Say in one line where the switch to AdamW is not what the options ask for."""
+        fraction = _switch_fraction(args, inner)
+        if fraction is not None and self._planned_groups:
+            rate = inner.param_groups[self._planned_groups[0]]["switch_rate"]
+            inner.defaults["switch_rate"] = rate  # what these groups follow from here on
+        else:
+            rate = max(group["switch_rate"] for group in inner.param_groups)
+        if rate == 0:  # InvAdam
+            return
+        done = int(max((float(s["step"]) for s in inner.state.values() if "step" in s), default=0))
+        last = last_inverse_step(rate)
+        steps = state.max_steps
+        if fraction is not None and not math.isclose(rate, switch_rate(fraction, steps), rel_tol=1e-6):
+            text = (
+                f"This run keeps the switch of its checkpoint: alpha is 0 from step {last + 1} of {steps} on, where "
+                f"switch_fraction={fraction:g} asks for step {last_inverse_step(switch_rate(fraction, steps)) + 1}. "
+                "To plan anew, start from the model's weights."
+            )
+        elif done > state.global_step:
+            inverse_steps = max(0, min(last - done, steps - state.global_step))
+            text = (
+                f"The optimizer has made {done} steps before this training, and they count towards the switch: "
+                f"{inverse_steps} of {steps - state.global_step} steps have an inverse part"
+                + (f", where switch_fraction={fraction:g} asks for {last}" if fraction is not None else "")
+                + ". For a whole inverse phase, build a new Trainer."
+            )
+        elif last == 0 and (fraction is not None or rate < 1):
+            asked = f"switch_fraction={fraction:g} of {steps} steps" if fraction is not None else f"switch_rate={rate:g}"
+            text = (
+                f"{asked} leaves no step for the inverse phase: alpha is 0 from step 1 and this run is AdamW's. The "
+                "phase has to last 2 steps or more."
+            )
+        elif last >= LARGEST_STEP:
+            text = (
+                f"The inverse phase would last {last} steps, but step counts are float32 and stop at {LARGEST_STEP}: "
+                "the switch to AdamW never comes. Use a larger switch_rate or switch_fraction of fewer steps."
+            )
+        else:
+            return
+        self._report = text
+        if not args.auto_find_batch_size:  # else said when a batch size has been found
+            self.on_step_end(args, state, None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Say once what there is to say about the switch."""
+        if self._report is not None and state.is_world_process_zero:
+            logger.warning(self._report)
+        self._report = None
 
     def _warn(self, s: InverseStatistics, loss: float, step: int, name: str) -> None:
         if not math.isfinite(loss) or not math.isfinite(s.relative_step):
@@ -106,14 +188,79 @@ class DualAdamCallback(TrainerCallback):
             logger.warning(message)
 
     @staticmethod
-    def _warn_left_behind(inner) -> None:
-        """Say so when a DualAdam checkpoint has been loaded into another optimizer."""
-        saved_by = {group.get("optimizer") for group in getattr(inner, "param_groups", [])} & {"DualAdam", "InvAdam"}
-        if saved_by:
+    def _check_other_optimizer(args, inner) -> None:
+        """Say so where another optimizer runs than ``optim`` names, or goes on from a checkpoint of ours."""
+        name = type(inner).__name__
+        if args.optim in OPTIMIZERS:
+            if type(inner).__module__.startswith("deepspeed"):
+                raise RuntimeError(
+                    f"DeepSpeed's offload has replaced {OPTIMIZERS[args.optim].__name__} by {name}: "
+                    'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.'
+                )
             logger.warning(
-                f"This run continues with {type(inner).__name__} from a checkpoint of {', '.join(sorted(saved_by))}: "
-                "moments and step counts are taken over, the inverse phase is not."
+                f"optim={str(getattr(args.optim, 'value', args.optim))} is not used: this Trainer was given an "
+                f"optimizer of its own, {name}."
             )
+        ours = {cls.__name__ for cls in OPTIMIZERS.values()}
+        saved_by = {group.get("optimizer") for group in getattr(inner, "param_groups", [])} & ours
+        if saved_by:
+            adam = isinstance(inner, (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam))  # AdamW is an Adam
+            taken = "it takes over moments and step counts" if adam else "it has no use for their moments"
+            logger.warning(
+                f"This run continues with {name} from a checkpoint of {', '.join(sorted(saved_by))}: {taken}, and "
+                "there is no inverse phase."
+            )
+
+
+def switch_rate(fraction: float, steps: int) -> float:
+    """The rate with which the inverse phase takes a fraction of the planned steps.
+
+    Args:
+        fraction: ``switch_fraction``, in (0, 1].
+        steps: planned optimizer steps.
+
+    Returns:
+        ``1 / (fraction * steps)``, at most 1, and less by 1e-9 of it: alpha may not be smaller than the rate, and for
+        a phase of 10 steps rounding would otherwise make it 0.0999... < 0.1 at the ninth.
+    """
+    return min(1.0, (1 - 1e-9) / (fraction * max(1, steps)))
+
+
+def last_inverse_step(rate: float) -> int:
+    """The last step at which alpha is not 0; 0 if there is none.
+
+    Args:
+        rate: ``switch_rate``, in (0, 1].
+    """
+    step = math.floor(1 / rate)
+    while step > 0 and inverse_weight(step, rate) == 0:
+        step -= 1
+    return step
+
+
+def _switch_fraction(args, inner) -> float | None:
+    """The ``switch_fraction`` asked for, if ``inner`` is the optimizer that ``args`` name."""
+    cls = OPTIMIZERS.get(args.optim)
+    if cls is None or type(inner) is not cls:
+        return None
+    return parse_optim_args(args.optim_args, cls).get("switch_fraction")
+
+
+def _is_training_log(logs: dict[str, Any] | None) -> bool:
+    """Whether these are the logs of training steps, also where a Trainer has renamed the keys.
+
+    They have a learning rate, which evaluations and the summary at the end do not have.
+    """
+    if not logs or any(key.startswith("eval") or key.endswith("_runtime") for key in logs):
+        return False
+    return "loss" in logs or any(key.endswith("learning_rate") for key in logs)
+
+
+def _loss(logs: dict[str, Any]) -> float:
+    """The training loss; 0 where it is not logged."""
+    key = "loss" if "loss" in logs else next((key for key in logs if key.endswith("loss")), None)
+    value = logs.get(key, 0.0)
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def _unwrap(optimizer) -> list:

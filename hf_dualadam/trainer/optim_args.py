@@ -1,27 +1,47 @@
-"""Trainer's ``optim_args`` text: the table of its keys, and the parser."""
+"""Trainer's ``optim_args`` text: the table of its keys, and the parser.
+
+Which of the keys an optimizer takes follows from its constructor, so an optimizer that is added to
+``hf_dualadam.optimizers.OPTIMIZERS`` needs no entry here unless it has an option of its own.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..optimizers import DualAdam
+import torch
+
+from ..optimizers import OPTIMIZERS, DualAdam
 
 
 class OptimArg(NamedTuple):
-    """One key of ``optim_args``: how its text is read, what is allowed, what it means."""
+    """One key of ``optim_args``.
+
+    Attributes:
+        parse: reads the text of the value; raises ValueError or KeyError where it is not allowed.
+        allowed: what is allowed, for messages and the table in the README.
+        meaning: what the option does, for the same table.
+        needs: the constructor argument without which an optimizer does not take the key; None for the key itself.
+    """
 
     parse: Callable[[str], Any]
     allowed: str
     meaning: str
+    needs: str | None = None
 
 
-def _number(text: str, allow_zero: bool) -> float:
+def _number(text: str, low: float = 0.0, high: float = math.inf, open_start: bool = False) -> float:
     value = float(text)
-    if not (0 <= value <= 1) or (value == 0 and not allow_zero):
+    if not (low <= value <= high) or not math.isfinite(value) or (open_start and value == low):
         raise ValueError
     return value
+
+
+def _one_of(text: str, choices: tuple[int, ...]) -> int:
+    return {str(choice): choice for choice in choices}[text]
 
 
 def _flag(text: str) -> bool:
@@ -30,21 +50,46 @@ def _flag(text: str) -> bool:
 
 OPTIM_ARGS = {
     "switch_rate": OptimArg(
-        functools.partial(_number, allow_zero=True), "a number in [0, 1]", "drop of alpha per optimizer step"
+        functools.partial(_number, high=1.0), "a number in [0, 1]", "drop of alpha per optimizer step"
     ),
     "switch_fraction": OptimArg(
-        functools.partial(_number, allow_zero=False),
+        functools.partial(_number, high=1.0, open_start=True),
         "a number in (0, 1]",
-        "the inverse phase's share of the planned optimizer steps; instead of switch_rate",
+        "length of the inverse phase as a fraction of the planned optimizer steps; instead of switch_rate",
+        needs="switch_rate",  # Trainer's own: the callback turns it into a rate
     ),
     "normalize_inverse": OptimArg(_flag, "true or false", "rescale the inverse update to the size of Adam's"),
-    "foreach": OptimArg(_flag, "true or false", "choose or forbid the multi-tensor path"),
-    "fused": OptimArg(_flag, "true or false", "choose or forbid the one-pass kernel"),
+    "inverse_scale": OptimArg(_number, "a number >= 0", "factor of the inverse update; 1 is the paper"),
+    "state_bits": OptimArg(
+        functools.partial(_one_of, choices=(32, 8)), "32 or 8", "bits of each moment; 8 saves memory"
+    ),
+    "master_weight_bits": OptimArg(
+        functools.partial(_one_of, choices=(24, 32)),
+        "24 or 32",
+        "precision to which bfloat16 and float16 weights are trained",
+    ),
+    "foreach": OptimArg(_flag, "true or false", "force or disable the multi-tensor path"),
+    "fused": OptimArg(_flag, "true or false", "force or disable the one-pass kernel"),
 }
 
 
-def parse_optim_args(text: str | None, optimizer_cls: type[DualAdam] = DualAdam) -> dict[str, Any]:
-    """Read Trainer's ``optim_args`` text into keyword arguments.
+def valid_optim_args(optimizer_cls: type[torch.optim.Optimizer]) -> dict[str, OptimArg]:
+    """The keys of ``optim_args`` that an optimizer takes.
+
+    Args:
+        optimizer_cls: the optimizer; its constructor's arguments decide.
+
+    Returns:
+        That part of :data:`OPTIM_ARGS`.
+    """
+    arguments = inspect.signature(optimizer_cls).parameters
+    return {key: arg for key, arg in OPTIM_ARGS.items() if (arg.needs or key) in arguments}
+
+
+def parse_optim_args(
+    text: str | None, optimizer_cls: type[torch.optim.Optimizer] = DualAdam
+) -> dict[str, Any]:
+    """Read Trainer's ``optim_args`` text into typed options.
 
     Args:
         text: ``"key=value,key=value"``; None or empty for no options.
@@ -54,9 +99,9 @@ def parse_optim_args(text: str | None, optimizer_cls: type[DualAdam] = DualAdam)
         The options with their types.
 
     Raises:
-        ValueError: a key is unknown or given twice, a value is bad, or both switch options are given.
+        ValueError: a key is unknown or given twice, a value is bad, or two keys exclude each other.
     """
-    valid = {k: v for k, v in OPTIM_ARGS.items() if optimizer_cls is DualAdam or not k.startswith("switch_")}
+    valid = valid_optim_args(optimizer_cls)
     options: dict[str, Any] = {}
     for item in (text or "").split(",") if (text or "").strip() else []:
         key, separator, value = (part.strip() for part in item.partition("="))
@@ -65,8 +110,7 @@ def parse_optim_args(text: str | None, optimizer_cls: type[DualAdam] = DualAdam)
         if key not in valid:
             raise ValueError(
                 f"Invalid optim_args: unknown key {key!r} for {optimizer_cls.__name__} - should be one of "
-                + ", ".join(valid)
-                + "."
+                f"{', '.join(valid) or '(it takes none)'}.{_whose(key)}"
             )
         if key in options:
             raise ValueError(f"Invalid optim_args: {key} is given twice in {text!r} - should be given once.")
@@ -81,3 +125,14 @@ def parse_optim_args(text: str | None, optimizer_cls: type[DualAdam] = DualAdam)
     if options.get("foreach") and options.get("fused"):
         raise ValueError(f"Invalid optim_args: both foreach and fused in {text!r} - should be at most one of them.")
     return options
+
+
+def _whose(key: str) -> str:
+    """Name the optimizers that do take a key, and how a search over ``optim`` gives each its own options."""
+    owners = [cls.__name__ for cls in OPTIMIZERS.values() if key in valid_optim_args(cls)]
+    if not owners:
+        return ""
+    return (
+        f" It belongs to {', '.join(owners)}: set optim_args together with optim, in a hyper-parameter search by an "
+        'hp_space that returns both, such as {"optim": "invadam", "optim_args": "normalize_inverse=true"}.'
+    )

@@ -8,41 +8,34 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
+import logging
+import sys
 from typing import Any
 
+import torch
 import transformers
 from transformers import trainer_callback, training_args
 
-from ..optimizers import OPTIMIZERS, DualAdam
+from ..optimizers import OPTIMIZERS
 from .callback import DualAdamCallback
+from .loss_scaling import CountWitness, can_witness, loss_factor, loss_factor_message
 from .optim_args import parse_optim_args
 
+logger = logging.getLogger(__name__)
 
-class _DualAdamWithFraction(DualAdam):
-    """Builds a DualAdam whose groups carry ``switch_fraction`` until Trainer knows its number of steps.
 
-    Trainer takes only Optimizer subclasses, calls them with its parameter groups, and tells nobody in between how
-    many steps it plans; the rest is done by :class:`DualAdamCallback` when training begins.
+def _optimizer_cls_and_kwargs(args) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """What Trainer needs to build the optimizer that ``args.optim`` names.
+
+    ``switch_fraction`` is not among it: it becomes a rate when Trainer knows its number of steps.
     """
-
-    def __new__(cls, params, switch_fraction: float, **kwargs) -> DualAdam:
-        optimizer = DualAdam(params, **kwargs)
-        for group in optimizer.param_groups:
-            group.update(switch_fraction=switch_fraction, planned_steps=None)
-        return optimizer
-
-
-def _optimizer_cls_and_kwargs(args) -> tuple[type[DualAdam], dict[str, Any]]:
-    """What Trainer needs to build the optimizer that ``args.optim`` names."""
     optimizer_cls = OPTIMIZERS[args.optim]
     options = parse_optim_args(args.optim_args, optimizer_cls)
-    kwargs = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        **options,
-    }
-    return (_DualAdamWithFraction if "switch_fraction" in options else optimizer_cls), kwargs
+    options.pop("switch_fraction", None)
+    adams = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    arguments = inspect.signature(optimizer_cls).parameters
+    return optimizer_cls, {name: value for name, value in adams.items() if name in arguments} | options
 
 
 def register() -> None:
@@ -119,7 +112,7 @@ def _add_callback() -> None:
     list of default callbacks would do as well, but importing it costs 4 seconds.
     """
     original = trainer_callback.CallbackHandler.__init__
-    if hasattr(original, "_adds_dualadam"):
+    if hasattr(original, "_knows_dualadam"):
         return
 
     @functools.wraps(original)
@@ -127,6 +120,51 @@ def _add_callback() -> None:
         original(self, *args, **kwargs)
         if not any(isinstance(callback, DualAdamCallback) for callback in self.callbacks):
             self.callbacks.insert(0, DualAdamCallback())
+        if "transformers.trainer" in sys.modules:
+            _tell_callback(sys.modules["transformers.trainer"].Trainer)
 
-    __init__._adds_dualadam = True
+    __init__._knows_dualadam = True
     trainer_callback.CallbackHandler.__init__ = __init__
+
+
+def _tell_callback(trainer_cls) -> None:
+    """Let Trainer tell the callback two things that callbacks are not told: the planned steps, and the item count."""
+    create_scheduler, training_step = trainer_cls.create_scheduler, trainer_cls.training_step
+    if hasattr(create_scheduler, "_knows_dualadam"):
+        return
+
+    @functools.wraps(create_scheduler)
+    def create_scheduler_and_plan(self, num_training_steps, optimizer=None):
+        scheduler = create_scheduler(self, num_training_steps, optimizer)
+        callback = _callback_of(self)
+        if callback is not None:
+            callback.plan(self.args, self.optimizer if optimizer is None else optimizer, num_training_steps)
+        return scheduler
+
+    compute_loss = trainer_cls.compute_loss
+
+    @functools.wraps(training_step)
+    def watched_training_step(self, model, inputs, num_items_in_batch=None):
+        callback = _callback_of(self)
+        factor = loss_factor(self, compute_loss)
+        if (
+            callback is None
+            or callback.loss_is_checked
+            or factor == (1, 1)
+            or not can_witness(self, model, num_items_in_batch)
+        ):
+            return training_step(self, model, inputs, num_items_in_batch)
+        callback.loss_is_checked = True
+        count = CountWitness.of(num_items_in_batch)
+        loss = training_step(self, model, inputs, count)
+        if not count.used and self.is_world_process_zero():
+            logger.warning(loss_factor_message(self, factor, compute_loss))
+        return loss
+
+    create_scheduler_and_plan._knows_dualadam = True
+    trainer_cls.create_scheduler, trainer_cls.training_step = create_scheduler_and_plan, watched_training_step
+
+
+def _callback_of(trainer) -> DualAdamCallback | None:
+    handler = getattr(trainer, "callback_handler", None)
+    return next((c for c in getattr(handler, "callbacks", []) if isinstance(c, DualAdamCallback)), None)

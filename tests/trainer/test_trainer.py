@@ -1,6 +1,7 @@
 """DualAdam and InvAdam in Trainer: names, options, planned steps, resume, logs and warnings."""
 
 import dataclasses
+import fractions
 import json
 import logging
 import math
@@ -15,7 +16,10 @@ from transformers.training_args import OptimizerNames
 
 import hf_dualadam
 from hf_dualadam import DualAdam, InvAdam
+from hf_dualadam.functional import inverse_weight
+from hf_dualadam.optimizers import OPTIMIZERS
 from hf_dualadam.trainer import OPTIM_ARGS, DualAdamCallback, parse_optim_args
+from hf_dualadam.trainer.callback import last_inverse_step, switch_rate
 
 
 class TinyModel(torch.nn.Module):
@@ -172,8 +176,8 @@ def test_every_option_is_described():
 def test_switch_fraction_is_of_the_planned_steps(options, tmp_path):
     trainer = _train(tmp_path, optim_args="switch_fraction=0.25", **options)
     group = _optimizer(trainer).param_groups[0]
-    assert group["planned_steps"] == trainer.state.max_steps
     assert group["switch_rate"] == pytest.approx(1 / (0.25 * trainer.state.max_steps))
+    assert not {"switch_fraction", "planned_steps"} & group.keys()
 
 
 @pytest.mark.parametrize(
@@ -193,16 +197,163 @@ def test_interrupted_run_ends_with_the_same_weights(options, tmp_path):
     assert groups[0]["switch_rate"] == groups[1]["switch_rate"]
 
 
-def test_resumed_run_keeps_its_switch_when_more_steps_are_planned(tmp_path, recwarn):
-    first = _train(tmp_path, optim_args="switch_fraction=0.5", save_strategy="steps", save_steps=6)
+def test_resumed_run_keeps_its_switch_and_says_so_where_it_is_not_what_was_asked(tmp_path, caplog, recwarn):
+    options = {"optim_args": "switch_fraction=0.5"}
+    first = _train(tmp_path, save_strategy="steps", save_steps=6, **options)
     checkpoint = str(tmp_path / "checkpoint-6")
-    longer = _train(tmp_path, resume=checkpoint, optim_args="switch_fraction=0.5", max_steps=20)
-    assert _optimizer(longer).param_groups[0]["switch_rate"] == _optimizer(first).param_groups[0]["switch_rate"]
-    assert not [w for w in recwarn if "replaces options" in str(w.message)]
-    with pytest.warns(UserWarning, match="switch_fraction: 0.5 instead of 0.25"):
-        _train(tmp_path, resume=checkpoint, optim_args="switch_fraction=0.25", max_steps=20)
+    same = _train(tmp_path, resume=checkpoint, **options)
+    rate = _optimizer(first).param_groups[0]["switch_rate"]
+    assert _optimizer(same).param_groups[0]["switch_rate"] == rate
+    assert not [w for w in recwarn if "replaces options" in str(w.message)] and "keeps the switch" not in caplog.text
+    longer = _train(tmp_path, resume=checkpoint, max_steps=20, **options)
+    assert _optimizer(longer).param_groups[0]["switch_rate"] == rate
+    assert (
+        "keeps the switch of its checkpoint: alpha is 0 from step 6 of 20 on, where switch_fraction=0.5 asks for step 10"
+        in caplog.text
+    )
+    caplog.clear()
+    _train(tmp_path, resume=checkpoint, optim_args="switch_fraction=0.25")
+    assert "alpha is 0 from step 6 of 12 on, where switch_fraction=0.25 asks for step 3" in caplog.text
     with pytest.warns(UserWarning, match="initial_lr: 0.01 instead of 0.5.*switch_rate: 0.16.* instead of 0.25"):
         _train(tmp_path, resume=checkpoint, optim_args="switch_rate=0.25", learning_rate=0.5)
+
+
+def test_checkpoint_with_the_plan_of_an_older_version_loads(tmp_path):
+    _train(tmp_path, save_strategy="steps", save_steps=6, optim_args="switch_fraction=0.5")
+    path = tmp_path / "checkpoint-6" / "optimizer.pt"
+    saved = torch.load(path, weights_only=True)
+    for group in saved["param_groups"]:
+        group.update(switch_fraction=0.5, planned_steps=12, switch_rate=1 / 6)
+    torch.save(saved, path)
+    group = _optimizer(
+        _train(tmp_path, resume=str(path.parent), optim_args="switch_fraction=0.5", max_steps=20)
+    ).param_groups[0]
+    assert group["switch_rate"] == 1 / 6 and not {"switch_fraction", "planned_steps"} & group.keys()
+
+
+class _OutOfMemoryAbove(TinyModel):
+    """Fails as a GPU does on a batch that is too large, from the given call on."""
+
+    def __init__(self, rows, calls=0):
+        super().__init__()
+        self.rows, self.calls = rows, calls
+
+    def forward(self, x, labels=None):
+        self.calls -= 1
+        if len(x) > self.rows and self.calls < 0:
+            raise RuntimeError("CUDA out of memory.")
+        return super().forward(x, labels)
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_switch_follows_the_plan_when_the_batch_size_is_found(calls, tmp_path, caplog):
+    args = _arguments(
+        tmp_path,
+        optim_args="switch_fraction=0.5",
+        auto_find_batch_size=True,
+        per_device_train_batch_size=32,
+        max_steps=-1,
+        num_train_epochs=4,
+        logging_steps=1,
+    )
+    trainer = Trainer(_OutOfMemoryAbove(8, calls), args, train_dataset=_data())
+    trainer.train()
+    steps = trainer.state.max_steps
+    assert steps > 16  # more than were planned at first, 2 batches an epoch
+    assert _optimizer(trainer).param_groups[0]["switch_rate"] == pytest.approx(2 / steps)
+    inverse = sum(entry["alpha"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+    assert inverse == steps // 2 - 1 - calls
+    assert caplog.text.count("has made 3 steps before this training") == (calls == 3)
+
+
+def test_second_training_plans_anew_and_says_what_is_left_of_the_phase(tmp_path, caplog):
+    trainer = _train(tmp_path, optim_args="switch_fraction=0.5")
+    trainer.args.max_steps = 40
+    trainer.train()
+    assert _optimizer(trainer).param_groups[0]["switch_rate"] == pytest.approx(1 / 20)
+    assert (
+        "has made 12 steps before this training, and they count towards the switch: 7 of 40 steps have an inverse part, "
+        "where switch_fraction=0.5 asks for 19" in caplog.text
+    )
+
+
+def test_model_init_starts_the_phase_afresh(tmp_path, caplog):
+    args = _arguments(tmp_path, optim_args="switch_fraction=0.5", logging_steps=1)
+    trainer = Trainer(model_init=TinyModel, args=args, train_dataset=_data())
+    for steps in (12, 20):
+        args.max_steps = steps
+        trainer.train()
+        assert [entry["alpha"] > 0 for entry in trainer.state.log_history if "loss" in entry].count(True) == steps // 2 - 1
+    assert "count towards the switch" not in caplog.text
+
+
+class _OwnScheduler(Trainer):
+    """Does not tell anyone how many steps it plans."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer or self.optimizer, 1.0)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def test_switch_fraction_works_with_a_scheduler_of_ones_own(tmp_path):
+    options = {"optim_args": "switch_fraction=0.5", "save_strategy": "steps", "save_steps": 6}
+    rates = []
+    for steps, resume in ((12, None), (20, tmp_path / "checkpoint-6")):
+        args = _arguments(tmp_path, max_steps=steps, **options)
+        trainer = _OwnScheduler(TinyModel(), args, train_dataset=_data())
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        rates.append(_optimizer(trainer).param_groups[0]["switch_rate"])
+    assert rates[0] == rates[1] == pytest.approx(1 / 6)
+
+
+class _OwnGroups(Trainer):
+    """Gives the last layer no inverse phase."""
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p.shape[0] == 8]
+        last = [p for p in self.model.parameters() if p.shape[0] == 1]
+        if len(optimizer.param_groups) == 2:
+            optimizer.add_param_group({"params": last, "switch_rate": 1.0})
+        return optimizer
+
+
+def test_groups_with_a_rate_of_their_own_keep_it(tmp_path):
+    trainer = _OwnGroups(TinyModel(), _arguments(tmp_path, optim_args="switch_fraction=0.5"), train_dataset=_data())
+    trainer.train()
+    rates = [group["switch_rate"] for group in _optimizer(trainer).param_groups]
+    assert rates == [pytest.approx(1 / 6), pytest.approx(1 / 6), 1.0]
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "steps", "warning"),
+    [
+        ("switch_fraction=0.2", 8, "switch_fraction=0.2 of 8 steps leaves no step for the inverse phase"),
+        ("switch_fraction=0.01", 8, "leaves no step for the inverse phase"),
+        ("switch_rate=0.6", 8, "switch_rate=0.6 leaves no step for the inverse phase"),
+        ("switch_fraction=0.25", 8, None),
+        ("switch_rate=1", 8, None),
+        ("switch_rate=0.5", 8, None),
+    ],
+)
+def test_warns_of_a_phase_without_a_step(optim_args, steps, warning, tmp_path, caplog):
+    trainer = _train(tmp_path, optim_args=optim_args, max_steps=steps, logging_steps=1)
+    assert (warning or "has no such warning") in caplog.text + "has no such warning"
+    assert ("leaves no step" in caplog.text) == (warning is not None)
+    assert (trainer.state.log_history[0]["alpha"] == 0) == (warning is not None or optim_args == "switch_rate=1")
+
+
+@pytest.mark.parametrize("steps", [4, 6, 10, 20, 26, 98, 140, 1000, 12345])
+@pytest.mark.parametrize("fraction", [0.1, 0.16, 0.3, 0.5, 0.7, 1.0])
+def test_rounding_does_not_end_the_phase_early(fraction, steps):
+    rate = switch_rate(fraction, steps)
+    length = fractions.Fraction(str(fraction)) * steps  # without rounding
+    last = math.floor(length) - 1  # the last step at which 1 - t / length >= 1 / length
+    assert last_inverse_step(rate) == max(last, 0)
+    if last > 0:
+        assert inverse_weight(last, rate) == pytest.approx(float(1 - last / length), abs=1e-8)
 
 
 def test_checkpoints_of_adamw_and_back_are_noticed(tmp_path, caplog):
@@ -215,7 +366,11 @@ def test_checkpoints_of_adamw_and_back_are_noticed(tmp_path, caplog):
             assert _optimizer(trainer).param_groups[0]["switch_rate"] == pytest.approx(1 / 6)
         else:
             _train(tmp_path / other, resume=checkpoint, optim=other)
-    assert "continues with AdamW from a checkpoint of DualAdam" in caplog.text
+    assert "continues with AdamW from a checkpoint of DualAdam: it takes over moments and step counts" in caplog.text
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    sgd.param_groups[0]["optimizer"] = "DualAdam"  # as torch loads it
+    DualAdamCallback().on_train_begin(_arguments(tmp_path, optim="sgd"), None, None, optimizer=sgd)
+    assert "continues with SGD from a checkpoint of DualAdam: it has no use for their moments" in caplog.text
 
 
 def test_checkpoint_loads_without_the_package(tmp_path):
