@@ -52,7 +52,7 @@ class DualAdamCallback(TrainerCallback):
         """Turn ``switch_fraction`` into a rate, each time that Trainer plans a training.
 
         Trainer plans when ``train`` is called, and again when ``auto_find_batch_size`` changes the batch size; a
-        checkpoint is loaded after that, and its rates replace these. Parameter groups with a rate of their own keep it.
+        checkpoint is loaded after that, and its rates replace these. Parameter groups with their own rate keep it.
 
         Args:
             args: the ``TrainingArguments``.
@@ -138,7 +138,9 @@ class DualAdamCallback(TrainerCallback):
                 + ". For a whole inverse phase, build a new Trainer."
             )
         elif last == 0 and (fraction is not None or rate < 1):
-            asked = f"switch_fraction={fraction:g} of {steps} steps" if fraction is not None else f"switch_rate={rate:g}"
+            asked = (
+                f"switch_fraction={fraction:g} of {steps} steps" if fraction is not None else f"switch_rate={rate:g}"
+            )
             text = (
                 f"{asked} leaves no step for the inverse phase: alpha is 0 from step 1 and this run is AdamW's. The "
                 "phase has to last 2 steps or more."

@@ -1,10 +1,10 @@
 """Finds runs whose loss Trainer takes for divided by ``num_items_in_batch`` although nothing has divided it.
 
-From Transformers 5 on, the forward of most models takes ``**kwargs``. Trainer concludes that their loss is a sum over
-tokens divided by ``num_items_in_batch``, the number of labels in the whole accumulated batch: it does not divide such a
-loss by the number of accumulation steps, and multiplies it by the number of processes. Classification heads, and many a
-``compute_loss`` of one's own, return the mean of their micro-batch all the same. Loss and gradients are then too large
-by both factors. Adam's step hides it; InvAdam's, clipping and the logged loss do not.
+In Transformers 5 the forward of most models takes ``**kwargs``. Trainer concludes that their loss is a sum divided by
+``num_items_in_batch``, the number of labels in the whole accumulated batch: it does not divide such a loss by the
+number of accumulation steps, and multiplies it by the number of processes. Classification heads, and many custom
+``compute_loss`` methods, return the mean over their micro-batch instead, so loss and gradients are too large by both
+factors. Adam's step hides it; InvAdam's step, gradient clipping and the logged loss do not.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Factor(NamedTuple):
 
 
 class CountWitness(Tensor):
-    """``num_items_in_batch`` that knows whether it has been used: combined with another tensor, or read.
+    """``num_items_in_batch`` that records whether it has been used: combined with another tensor, or read.
 
-    Moving or reshaping it is no use of it, only hands it on.
+    Moving or reshaping it does not count; the result records in its place.
     """
 
     used: list[bool]
@@ -51,6 +51,7 @@ class CountWitness(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
+        """Run a torch function and note whether it uses the count."""
         tensors = _tensors([*args, *(kwargs or {}).values()])
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
@@ -88,7 +89,7 @@ def _is_compiled(model) -> bool:
 
 
 def loss_factor(trainer, base_compute_loss) -> Factor:
-    """By what Trainer multiplies the loss of a step, on the ground that it has been divided by the number of items.
+    """The factors that Trainer applies because it expects the loss to be divided by the number of items.
 
     Args:
         trainer: a Trainer whose step had a ``num_items_in_batch`` that nothing used.
@@ -133,6 +134,6 @@ def loss_factor_message(trainer, factor: Factor, base_compute_loss) -> str:
         source, remedy = type(model).__name__, "set trainer.model_accepts_loss_kwargs = False"
     return (
         f"The loss and gradients of this run are {factor.accumulation * factor.processes} times too large "
-        f"({' x '.join(parts)}): Trainer takes the loss for divided by num_items_in_batch, and {source} does not divide "
-        f"by it. Before training, {remedy}."
+        f"({' x '.join(parts)}): Trainer expects the loss to be divided by num_items_in_batch, and {source} does not "
+        f"divide by it. Before training, {remedy}."
     )

@@ -86,9 +86,7 @@ def valid_optim_args(optimizer_cls: type[torch.optim.Optimizer]) -> dict[str, Op
     return {key: arg for key, arg in OPTIM_ARGS.items() if (arg.needs or key) in arguments}
 
 
-def parse_optim_args(
-    text: str | None, optimizer_cls: type[torch.optim.Optimizer] = DualAdam
-) -> dict[str, Any]:
+def parse_optim_args(text: str | None, optimizer_cls: type[torch.optim.Optimizer] = DualAdam) -> dict[str, Any]:
     """Read Trainer's ``optim_args`` text into typed options.
 
     Args:

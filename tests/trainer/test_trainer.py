@@ -163,9 +163,74 @@ def test_bad_optim_args_stop_at_the_trainer(text, match, tmp_path):
         Trainer(TinyModel(), _arguments(tmp_path, optim_args=text), train_dataset=_data())
 
 
-def test_invadam_has_no_switch(tmp_path):
-    with pytest.raises(ValueError, match="unknown key 'switch_rate' for InvAdam - should be one of normalize_inverse"):
-        Trainer(TinyModel(), _arguments(tmp_path, optim="invadam", optim_args="switch_rate=0.1"))
+@pytest.mark.parametrize("key", ["switch_rate", "switch_fraction"])
+def test_invadam_has_no_switch(key, tmp_path):
+    with pytest.raises(ValueError, match=f"unknown key '{key}' for InvAdam - should be one of normalize_inverse") as e:
+        Trainer(TinyModel(), _arguments(tmp_path, optim="invadam", optim_args=f"{key}=0.1"))
+    assert "It belongs to DualAdam: set optim_args together with optim, in a hyper-parameter search" in str(e.value)
+
+
+def test_search_over_optimizers_and_their_options(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    seen = []
+
+    class Remembering(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            seen.append((type(optimizer).__name__, optimizer.param_groups[0]["normalize_inverse"]))
+            return optimizer
+
+    def space(optim):
+        choices = {"dualadam": "switch_fraction=0.5", "invadam": "normalize_inverse=true"}
+        return lambda trial: {"optim": optim, "optim_args": choices[optim]}
+
+    args = _arguments(tmp_path, optim_args="switch_fraction=0.5", max_steps=2)
+    trainer = Remembering(model_init=TinyModel, args=args, train_dataset=_data(), eval_dataset=_data(16))
+    for optim in ("dualadam", "invadam"):
+        trainer.hyperparameter_search(hp_space=space(optim), n_trials=1, compute_objective=lambda m: m["eval_loss"])
+    assert seen == [("DualAdam", False), ("InvAdam", True)]
+    with pytest.raises(ValueError, match="It belongs to DualAdam: set optim_args together with optim"):
+        trainer.hyperparameter_search(
+            hp_space=lambda trial: {"optim": "invadam", "optim_args": "switch_fraction=0.5"}, n_trials=1
+        )
+
+
+class _Signs(torch.optim.Optimizer):
+    """A third optimizer, with options of its own."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, *, foreach=None):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "foreach": foreach})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(param.grad.sign(), alpha=group["lr"])
+
+
+def test_another_optimizer_needs_one_entry_in_the_table(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(OPTIMIZERS, "signs", _Signs)
+    hf_dualadam.register()
+    parser = HfArgumentParser(TrainingArguments)
+    options = [
+        "--optim",
+        "signs",
+        "--optim_args",
+        "foreach=true",
+        "--use_cpu",
+        "--max_steps",
+        "3",
+        "--report_to",
+        "none",
+    ]
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--save_strategy", "no", *options])
+    trainer = _run_with(args)
+    assert type(_optimizer(trainer)) is _Signs and _optimizer(trainer).param_groups[0]["foreach"] is True
+    assert not [r for r in caplog.records if r.name.startswith("hf_dualadam")]
+    for bad, match in (("fused=true", "'fused' for _Signs - should be one of foreach"), ("foreach=2", "foreach=2")):
+        with pytest.raises(ValueError, match=match):
+            Trainer(TinyModel(), _arguments(tmp_path, optim="signs", optim_args=bad), train_dataset=_data())
 
 
 def test_every_option_is_described():
@@ -207,10 +272,8 @@ def test_resumed_run_keeps_its_switch_and_says_so_where_it_is_not_what_was_asked
     assert not [w for w in recwarn if "replaces options" in str(w.message)] and "keeps the switch" not in caplog.text
     longer = _train(tmp_path, resume=checkpoint, max_steps=20, **options)
     assert _optimizer(longer).param_groups[0]["switch_rate"] == rate
-    assert (
-        "keeps the switch of its checkpoint: alpha is 0 from step 6 of 20 on, where switch_fraction=0.5 asks for step 10"
-        in caplog.text
-    )
+    assert "keeps the switch of its checkpoint: alpha is 0 from step 6 of 20 on" in caplog.text
+    assert "where switch_fraction=0.5 asks for step 10" in caplog.text
     caplog.clear()
     _train(tmp_path, resume=checkpoint, optim_args="switch_fraction=0.25")
     assert "alpha is 0 from step 6 of 12 on, where switch_fraction=0.25 asks for step 3" in caplog.text
@@ -271,10 +334,8 @@ def test_second_training_plans_anew_and_says_what_is_left_of_the_phase(tmp_path,
     trainer.args.max_steps = 40
     trainer.train()
     assert _optimizer(trainer).param_groups[0]["switch_rate"] == pytest.approx(1 / 20)
-    assert (
-        "has made 12 steps before this training, and they count towards the switch: 7 of 40 steps have an inverse part, "
-        "where switch_fraction=0.5 asks for 19" in caplog.text
-    )
+    assert "has made 12 steps before this training, and they count towards the switch" in caplog.text
+    assert "7 of 40 steps have an inverse part, where switch_fraction=0.5 asks for 19" in caplog.text
 
 
 def test_model_init_starts_the_phase_afresh(tmp_path, caplog):
@@ -283,7 +344,8 @@ def test_model_init_starts_the_phase_afresh(tmp_path, caplog):
     for steps in (12, 20):
         args.max_steps = steps
         trainer.train()
-        assert [entry["alpha"] > 0 for entry in trainer.state.log_history if "loss" in entry].count(True) == steps // 2 - 1
+        alphas = [entry["alpha"] for entry in trainer.state.log_history if "loss" in entry]
+        assert sum(alpha > 0 for alpha in alphas) == steps // 2 - 1
     assert "count towards the switch" not in caplog.text
 
 
@@ -413,6 +475,37 @@ def test_normalized_inverse_logs_what_it_does(tmp_path):
     trainer = _train(tmp_path, optim="invadam", optim_args="normalize_inverse=true")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(entry["alpha"] == 1.0 and entry["inverse_share"] == pytest.approx(1.0) for entry in logs)
+
+
+class _Renaming(Trainer):
+    """Renames what it logs, as setfit and others do."""
+
+    names = "embedding_{}"
+
+    def log(self, logs, *args, **kwargs):
+        prefixes = ("eval_", "train_", "test_")
+        names = (key if key.startswith(prefixes) else self.names.format(key) for key in logs)
+        super().log(dict(zip(names, logs.values())), *args, **kwargs)
+
+
+@pytest.mark.parametrize("names", ["embedding_{}", "train/{}", "{}"])
+def test_figures_are_in_every_training_log_whatever_it_is_called(names, tmp_path, caplog):
+    args = _arguments(tmp_path, eval_strategy="steps", eval_steps=3, learning_rate=1e30, max_grad_norm=0.0)
+    trainer = _Renaming(TinyModel(), args, train_dataset=_data(), eval_dataset=_data(16))
+    trainer.names = names
+    trainer.train()
+    trainer.evaluate(metric_key_prefix="test")
+    training = [entry for entry in trainer.state.log_history if names.format("loss") in entry]
+    assert len(training) == 3 and all("alpha" in entry and "inverse_share" in entry for entry in training)
+    assert not any("alpha" in entry for entry in trainer.state.log_history if names.format("loss") not in entry)
+    assert "has diverged by step" in caplog.text
+
+
+def test_an_optimizer_handed_over_instead_of_the_one_named_is_said(tmp_path, caplog):
+    model = TinyModel()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    Trainer(model, _arguments(tmp_path), train_dataset=_data(), optimizers=(sgd, None)).train()
+    assert "optim=dualadam is not used: this Trainer was given an optimizer of its own, SGD." in caplog.text
 
 
 def test_adamw_runs_are_left_alone(tmp_path):
