@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import TrainerCallback
 
+from ..base import MAX_COUNT
 from ..diagnostics import InverseStatistics, inverse_statistics
 from ..functional import inverse_weight
 from ..optimizers import OPTIMIZERS, DualAdam
@@ -19,8 +20,6 @@ logger = logging.getLogger(__name__)
 # A share below this moves nothing that a longer warm-up would not; steps above this fraction of the weights diverge.
 NEGLIGIBLE_SHARE = 0.01
 DIVERGING_STEP = 0.1
-# Float32 step counts stop here, so a longer inverse phase never ends.
-LARGEST_STEP = 2**24
 
 
 class DualAdamCallback(TrainerCallback):
@@ -58,16 +57,25 @@ class DualAdamCallback(TrainerCallback):
             args: the ``TrainingArguments``.
             optimizer: the optimizer, with its wrappers.
             steps: planned optimizer steps, over the whole training.
+
+        Raises:
+            ValueError: the phase would be longer than step counts can count.
         """
         inner = _unwrap(optimizer)[-1]
         fraction = _switch_fraction(args, inner)
         if fraction is None:
             return
+        rate = switch_rate(fraction, steps)
+        if rate < 1 / MAX_COUNT:
+            raise ValueError(
+                f"Invalid optim_args: switch_fraction={fraction:g} of {steps} steps - should be at most {MAX_COUNT:,} "
+                "steps, where float32 step counts stop."
+            )
         groups = inner.param_groups
         followers = [i for i, group in enumerate(groups) if group["switch_rate"] == inner.defaults["switch_rate"]]
         for index in followers:
-            groups[index]["switch_rate"] = switch_rate(fraction, steps)
-        inner.defaults["switch_rate"] = switch_rate(fraction, steps)
+            groups[index]["switch_rate"] = rate
+        inner.defaults["switch_rate"] = rate
         self._planned_steps, self._planned_groups = steps, followers
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
@@ -145,11 +153,6 @@ class DualAdamCallback(TrainerCallback):
                 f"{asked} leaves no step for the inverse phase: alpha is 0 from step 1 and this run is AdamW's. The "
                 "phase has to last 2 steps or more."
             )
-        elif last >= LARGEST_STEP:
-            text = (
-                f"The inverse phase would last {last} steps, but step counts are float32 and stop at {LARGEST_STEP}: "
-                "the switch to AdamW never comes. Use a larger switch_rate or switch_fraction of fewer steps."
-            )
         else:
             return
         self._report = text
@@ -222,10 +225,12 @@ def switch_rate(fraction: float, steps: int) -> float:
         steps: planned optimizer steps.
 
     Returns:
-        ``1 / (fraction * steps)``, at most 1, and less by 1e-9 of it: alpha may not be smaller than the rate, and for
-        a phase of 10 steps rounding would otherwise make it 0.0999... < 0.1 at the ninth.
+        ``1 / (fraction * steps)``, at most 1, and less by 1e-9 of it where rounding would end the phase a step early:
+        alpha may not be smaller than the rate, and 1 - 9 * 0.1 is 0.0999... < 0.1.
     """
-    return min(1.0, (1 - 1e-9) / (fraction * max(1, steps)))
+    rate = min(1.0, 1 / (fraction * max(1, steps)))
+    slower = rate * (1 - 1e-9)
+    return slower if rate < 1 and last_inverse_step(slower) > last_inverse_step(rate) else rate
 
 
 def last_inverse_step(rate: float) -> int:
