@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from pytorch_optimizer import SAM
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from ..finetuning.config import InputError
-from ..functional import inverse_weight
+from ..trainer import OPTIMIZERS, parse_optim_args
 
 
 class TrainerSAM(SAM):
@@ -42,27 +42,6 @@ class SAMTrainer(Trainer):
         self.optimizer.optimizer.first_step(zero_grad=True)
         super().training_step(model, inputs, *args, **kwargs)
         return loss
-
-
-class WarmupTrainer(Trainer):
-    """The control: scales the rate by exactly the weight 1 - alpha that DualAdam gives to its Adam update."""
-
-    def __init__(self, *args, warmup_fraction: float, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.warmup_fraction = warmup_fraction
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Trainer's schedule times the warm-up over ``warmup_fraction`` of the steps."""
-        factors = super().create_scheduler(num_training_steps, optimizer).lr_lambdas
-        optimizer = self.optimizer if optimizer is None else optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = group.pop("initial_lr")  # the first scheduler has already moved it
-        switch_rate = min(1.0, 1 / (self.warmup_fraction * num_training_steps))
-        self.lr_scheduler = LambdaLR(
-            optimizer,
-            [lambda done, f=factor: f(done) * (1 - inverse_weight(done + 1, switch_rate)) for factor in factors],
-        )
-        return self.lr_scheduler
 
 
 class PartialInverseTrainer(Trainer):
@@ -95,45 +74,58 @@ class Baseline:
     """One optimizer with all but its learning rate.
 
     Attributes:
-        optimizer_cls: the class; None for ours, which Trainer knows by the name ``optim``.
-        kwargs: options of the class, or for ours of ``optim_args``.
-        optim: ``TrainingArguments.optim``; only for ours.
+        optim: its name in ``TrainingArguments.optim``, by which a script of one's own can choose it; None without.
+        kwargs: options of the class, or for an optimizer that Trainer builds, of ``optim_args``.
+        optimizer_cls: the class, for an optimizer that Trainer cannot build with these options.
         rate_scale: centre of the usual range of learning rates, in units of Adam's.
         weight_decay: in place of the task's, which is meant for decoupled decay; None for the task's.
-        has_switch: whether ``switch_fraction`` applies: the share of the steps that the inverse phase, or the warm-up
-            of the control, takes.
+        has_switch: whether ``switch_fraction`` applies: the share of the steps that the inverse phase takes.
         trainer_cls: Trainer, or the subclass that can run it.
         gradients_per_step: what a step costs; the number of steps is divided by it, so that budgets are equal.
     """
 
-    optimizer_cls: type[torch.optim.Optimizer] | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
     optim: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    optimizer_cls: type[torch.optim.Optimizer] | None = None
     rate_scale: float = 1.0
     weight_decay: float | None = None
     has_switch: bool = False
     trainer_cls: type[Trainer] = Trainer
     gradients_per_step: int = 1
 
+    @property
+    def has_inverse(self) -> bool:
+        """Whether it is the subject of the comparison: DualAdam or InvAdam with an inverse part."""
+        return self.optim in OPTIMIZERS and self.kwargs.get("inverse_scale") != 0
+
 
 BASELINES = {
-    "sgd": Baseline(torch.optim.SGD, {"momentum": 0.9}, rate_scale=100.0, weight_decay=5e-4),
-    "adam": Baseline(torch.optim.Adam, {"fused": True}, weight_decay=0.0),
-    "adamw": Baseline(torch.optim.AdamW, {"fused": True}),
-    "adamw_warmup": Baseline(torch.optim.AdamW, {"fused": True}, has_switch=True, trainer_cls=WarmupTrainer),
-    "nadam": Baseline(torch.optim.NAdam, {"decoupled_weight_decay": True}),
-    "radam": Baseline(torch.optim.RAdam, {"decoupled_weight_decay": True}),
+    "sgd": Baseline("sgd", {"momentum": 0.9}, torch.optim.SGD, rate_scale=100.0, weight_decay=5e-4),
+    "adam": Baseline("adamw_torch_fused", weight_decay=0.0),
+    "adamw": Baseline("adamw_torch_fused"),
+    # The control: AdamW whose rate is scaled by exactly the weight 1 - alpha that DualAdam gives to its Adam update.
+    "adamw_warmup": Baseline("dualadam", {"inverse_scale": 0.0}, has_switch=True),
+    "nadam": Baseline(None, {"decoupled_weight_decay": True}, torch.optim.NAdam),
+    "radam": Baseline(None, {"decoupled_weight_decay": True}, torch.optim.RAdam),
     "sam": Baseline(
-        TrainerSAM,
+        None,
         {"base_optimizer": torch.optim.AdamW, "rho": 0.05},
+        TrainerSAM,
         trainer_cls=SAMTrainer,
         gradients_per_step=2,
     ),
-    "dualadam": Baseline(optim="dualadam", has_switch=True),
-    "dualadam_normalized": Baseline(optim="dualadam", kwargs={"normalize_inverse": True}, has_switch=True),
-    # Its update has Adam's size but follows few large gradients, so it wants larger rates.
-    "invadam_normalized": Baseline(optim="invadam", kwargs={"normalize_inverse": True}, rate_scale=3.0),
+    "dualadam": Baseline("dualadam", has_switch=True),
+    "dualadam_normalized": Baseline("dualadam", {"normalize_inverse": True}, has_switch=True),
+    # Its update has Adam's size but follows few large gradients, so it needs larger rates.
+    "invadam_normalized": Baseline("invadam", {"normalize_inverse": True}, rate_scale=3.0),
 }
+
+
+def baseline(name: str) -> Baseline | None:
+    """The entry of :data:`BASELINES`, or any other optimizer that Trainer knows by this name; None without either."""
+    if name in BASELINES:
+        return BASELINES[name]
+    return Baseline(name) if name in set(OptimizerNames) else None
 
 
 @dataclass(frozen=True)
@@ -141,8 +133,9 @@ class OptimizerSetting:
     """A baseline with the options that a comparison sets.
 
     Attributes:
-        base: key of :data:`BASELINES`.
+        base: key of :data:`BASELINES`, or another name of ``TrainingArguments.optim``.
         optim_args: options on top of the baseline's.
+        rate_scale: in place of the baseline's.
         switch_fraction: share of the planned steps that the inverse phase or the control's warm-up takes; None where
             the baseline has neither.
         inverse_parameters: regular expression; DualAdam's inverse phase is for the parameters in whose name it is
@@ -151,11 +144,19 @@ class OptimizerSetting:
 
     base: str
     optim_args: dict[str, Any] = field(default_factory=dict)
+    rate_scale: float | None = None
     switch_fraction: float | None = None
     inverse_parameters: str | None = None
 
     def __post_init__(self):
-        """Check that the expression is one, and has a phase to bear on."""
+        """Check the ranges, and that the options are some that the optimizer has."""
+        if self.rate_scale is not None and not self.rate_scale > 0:
+            raise InputError(f"rate_scale: {self.rate_scale} - should be above 0")
+        if self.baseline.optim in OPTIMIZERS:
+            try:
+                parse_optim_args(self._options(), OPTIMIZERS[self.baseline.optim])
+            except ValueError as error:
+                raise InputError(f"optim_args: {error}") from None
         if self.inverse_parameters is None:
             return
         if self.baseline.optim != "dualadam":
@@ -168,7 +169,12 @@ class OptimizerSetting:
     @property
     def baseline(self) -> Baseline:
         """The baseline that ``base`` names."""
-        return BASELINES[self.base]
+        return baseline(self.base)
+
+    @property
+    def centre(self) -> float:
+        """Centre of the range of learning rates, in units of Adam's."""
+        return self.baseline.rate_scale if self.rate_scale is None else self.rate_scale
 
     def describe(self) -> str:
         """All options but the learning rate, as ``key=value,...``."""
@@ -176,7 +182,7 @@ class OptimizerSetting:
         return self._options() + where
 
     def _options(self) -> str:
-        """Those of the class; for ours, the text for ``optim_args``."""
+        """Those of the class; for an optimizer that Trainer builds, the text for ``optim_args``."""
         options = {**self.baseline.kwargs, **self.optim_args}
         if self.switch_fraction is not None:
             options["switch_fraction"] = self.switch_fraction
@@ -186,31 +192,32 @@ class OptimizerSetting:
         """The setting as plain values, for a report."""
         return {
             "base": self.base,
-            "ours": self.baseline.optim is not None,
+            "has_inverse": self.baseline.has_inverse and self.optim_args.get("inverse_scale") != 0,
             "optim_args": self.describe(),
             "switch_fraction": self.switch_fraction,
             "gradients_per_step": self.baseline.gradients_per_step,
         }
 
     def training_arguments(self, learning_rate: float) -> dict[str, Any]:
-        """What this setting fixes of ``TrainingArguments``."""
+        """What this setting fixes of ``TrainingArguments``.
+
+        With an ``optimizer_cls`` Trainer looks at none of these but the learning rate and the weight decay.
+        """
         values: dict[str, Any] = {"learning_rate": learning_rate}
         if self.baseline.weight_decay is not None:
             values["weight_decay"] = self.baseline.weight_decay
         if self.baseline.optim:
-            values |= {"optim": self.baseline.optim, "optim_args": self._options()}
+            values |= {"optim": self.baseline.optim, "optim_args": self._options() or None}
         return values
 
     def optimizer_cls_and_kwargs(self, learning_rate: float) -> tuple[type, dict[str, Any]] | None:
         """What Trainer needs to build the optimizer; None where ``TrainingArguments`` names it."""
-        if self.baseline.optim:
+        if self.baseline.optimizer_cls is None:
             return None
         return self.baseline.optimizer_cls, {"lr": learning_rate, **self.baseline.kwargs, **self.optim_args}
 
     def trainer_cls(self) -> Callable[..., Trainer]:
         """What builds the Trainer that can run it."""
-        if self.baseline.trainer_cls is WarmupTrainer:
-            return functools.partial(WarmupTrainer, warmup_fraction=self.switch_fraction)
         if self.inverse_parameters is not None:
             return functools.partial(PartialInverseTrainer, inverse_parameters=self.inverse_parameters)
         return self.baseline.trainer_cls

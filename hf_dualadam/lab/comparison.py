@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..finetuning.config import InputError, check_type
-from .baselines import BASELINES, OptimizerSetting
+from .baselines import BASELINES, OptimizerSetting, baseline
 
 SCRIPTS = ("glue", "image_classification")
 # Points of the training, as shares of its steps, at which the inverse share is noted.
@@ -89,8 +89,9 @@ class ComparisonArguments:
         default="Does DualAdam generalize better than AdamW, and than AdamW with the same warm-up?",
         metadata={"help": "What the comparison asks; stands at the head of the report."},
     )
+    num_seeds: int = field(default=5, metadata={"help": "Number of final runs, with the seeds 0, 1, 2, ..."})
     seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of the final runs, at least 2."}
+        default_factory=list, metadata={"help": "Seeds of the final runs, at least 2; instead of num_seeds."}
     )
     selection_seeds: list[int] = field(
         default_factory=lambda: [1000], metadata={"help": "Seeds of the runs that choose the learning rate."}
@@ -145,7 +146,7 @@ class Comparison:
 
     def learning_rates(self, task: str, optimizer: str) -> list[float]:
         """The learning rates to try, lowest first, around the centre of the optimizer's range."""
-        centre = self.tasks[task].learning_rate * self.optimizers[optimizer].baseline.rate_scale
+        centre = self.tasks[task].learning_rate * self.optimizers[optimizer].centre
         middle = (self.num_learning_rates - 1) / 2
         exponents = [index - middle for index in range(self.num_learning_rates)]
         return [float(f"{centre * self.learning_rate_factor**exponent:.3g}") for exponent in exponents]
@@ -216,7 +217,9 @@ def make_comparison(args: ComparisonArguments) -> Comparison:
     """
     _check(bool(args.tasks), "tasks", args.tasks, "at least one task")
     _check(bool(args.optimizers), "optimizers", args.optimizers, "at least one optimizer")
-    _check(len(set(args.seeds)) == len(args.seeds) >= 2, "seeds", args.seeds, "at least 2 different numbers")
+    seeds = args.seeds or list(range(args.num_seeds))
+    _check(args.num_seeds >= 2, "num_seeds", args.num_seeds, "at least 2")
+    _check(len(set(seeds)) == len(seeds) >= 2, "seeds", seeds, "at least 2 different numbers")
     _check(bool(args.selection_seeds), "selection_seeds", args.selection_seeds, "at least one number")
     _check(args.num_learning_rates >= 1, "num_learning_rates", args.num_learning_rates, "at least 1")
     _check(args.learning_rate_factor > 1, "learning_rate_factor", args.learning_rate_factor, "above 1")
@@ -227,7 +230,7 @@ def make_comparison(args: ComparisonArguments) -> Comparison:
         optimizers={
             name: _optimizer(name, value or {}, args.switch_fraction) for name, value in args.optimizers.items()
         },
-        seeds=args.seeds,
+        seeds=seeds,
         selection_seeds=args.selection_seeds,
         num_learning_rates=args.num_learning_rates,
         learning_rate_factor=args.learning_rate_factor,
@@ -239,8 +242,9 @@ def _optimizer(name: str, values: Any, switch_fraction: float) -> OptimizerSetti
     where = f"optimizers.{name}"
     check_type(where, values, dict[str, Any])
     base = values.get("base", name)
-    _check(base in BASELINES, f"{where}.base", base, "one of " + ", ".join(BASELINES))
-    if BASELINES[base].has_switch:
+    allowed = "one of " + ", ".join(BASELINES) + ", or a name of TrainingArguments.optim"
+    _check(baseline(base) is not None, f"{where}.base", base, allowed)
+    if baseline(base).has_switch:
         values = {"switch_fraction": switch_fraction} | values
         fraction = values["switch_fraction"]
         _check(0 < fraction <= 1, f"{where}.switch_fraction", fraction, "in (0, 1]")

@@ -113,7 +113,7 @@ class _Report:
         if len(self.runs) < self.study["runs"]:
             yield f"**Not finished: {len(self.runs)} of {self.study['runs']} runs are in.**"
         for optimizer, setting in self.study["optimizers"].items():
-            if not setting["ours"]:
+            if not setting["has_inverse"]:
                 continue
             for reference in self.references[optimizer]:
                 found = {
@@ -202,7 +202,7 @@ class _Report:
         ).to_markdown(index=False)
         for name, setting in self.study["optimizers"].items():
             own = [d for (optimizer, _), d in self.differences[task].items() if optimizer == name]
-            if own and setting["ours"]:
+            if own and setting["has_inverse"]:
                 yield f"- **{name}**: " + "; ".join(verdict(difference) for difference in own) + "."
 
     def _shares(self) -> Iterable[str]:
@@ -236,7 +236,7 @@ class _Report:
             positive = data[data["hessian_top_eigenvalue"] > 0]
             logs = positive.assign(log_eigenvalue=-np.log(positive["hessian_top_eigenvalue"]))
             for pair, difference in paired_differences(logs, "log_eigenvalue", self.references).items():
-                if self.study["optimizers"][pair[0]]["ours"]:
+                if self.study["optimizers"][pair[0]]["has_inverse"]:
                     yield f"    - {_flatness_verdict(difference)}"
 
     def _rates(self) -> Iterable[str]:

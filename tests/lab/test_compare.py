@@ -23,7 +23,7 @@ pytest.importorskip("statsmodels")
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_dualadam.finetuning.config import InputError
-from hf_dualadam.lab.baselines import BASELINES, OptimizerSetting, SAMTrainer, TrainerSAM, WarmupTrainer
+from hf_dualadam.lab.baselines import BASELINES, OptimizerSetting, SAMTrainer, TrainerSAM
 from hf_dualadam.lab.comparison import COLUMNS, ComparisonArguments, make_comparison
 from hf_dualadam.lab.execution import Laboratory, randomize_labels
 from hf_dualadam.lab.run_queue import MAX_CRASHES, RunQueue, open_storage
@@ -84,6 +84,8 @@ def test_a_changed_setting_makes_another_run():
     ("changes", "message"),
     [
         ({"optimizers": {"adamq": None}}, r"optimizers.adamq.base: 'adamq' - should be one of sgd, adam"),
+        ({"optimizers": {"dualadam": {"rate_scale": 0.0}}}, r"optimizers.dualadam.rate_scale: 0.0 - should be above"),
+        ({"optimizers": {"dualadam": {"optim_args": {"switch": 1}}}}, r"dualadam.optim_args: .*unknown key 'switch'"),
         ({"optimizers": {"adamw": {"switch_fraction": 0.1}}}, "optimizers.adamw.switch_fraction: adamw has no such"),
         ({"optimizers": {"dualadam": {"switch_fraction": 2.0}}}, "switch_fraction: 2.0 - should be in"),
         ({"optimizers": {"adamw": {"inverse_parameters": "x"}}}, "adamw.inverse_parameters: adamw has no such phase"),
@@ -94,6 +96,7 @@ def test_a_changed_setting_makes_another_run():
         ({"tasks": {"t": {"script": "glue", "arguments": {}, "learning_rate": 1.0}}}, "tasks.t.max_steps: None"),
         ({"sharpness": {"roh": 1.0}}, "sharpness.roh"),
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\]"),
+        ({"seeds": [], "num_seeds": 1}, "num_seeds: 1 - should be at least 2"),
     ],
 )
 def test_bad_plans_are_refused_with_the_place(changes, message):
@@ -266,8 +269,9 @@ def trainer_for(trainer_cls, optimizer, tmp_path, steps, **kwargs):
     from transformers import TrainingArguments
 
     args = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, learning_rate=0.1, report_to="none",
-        logging_steps=1, disable_tqdm=True, use_cpu=True, save_strategy="no", max_grad_norm=0.5, **kwargs,
+        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, report_to="none",
+        logging_steps=1, disable_tqdm=True, use_cpu=True, save_strategy="no", max_grad_norm=0.5,
+        **{"learning_rate": 0.1, **kwargs},
     )  # fmt: skip
     return trainer_cls(model=Model(), args=args, train_dataset=ROWS, optimizer_cls_and_kwargs=optimizer)
 
@@ -292,20 +296,26 @@ def test_sam_in_trainer_takes_the_gradient_of_the_perturbed_weights(tmp_path):
         torch.testing.assert_close(got, before - 0.1 * clip * gradient)
 
 
-def test_the_control_warms_up_as_dualadam_does(tmp_path):
-    rates = []
-
-    class RecordingAdamW(torch.optim.AdamW):
+def test_the_control_is_adamw_with_dualadams_warmup(tmp_path):
+    class WarmedUp(torch.optim.AdamW):
         def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
+            done = int(next(iter(self.state.values()), {"step": 0})["step"])
+            rates = [group["lr"] for group in self.param_groups]
+            for group in self.param_groups:
+                group["lr"] *= min(1.0, 0.25 * (done + 1))  # 1 - alpha at switch_rate 0.25
             super().step(closure)
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
 
-    def warmup(**kwargs):
-        return WarmupTrainer(warmup_fraction=0.5, **kwargs)
-
-    trainer_for(warmup, (RecordingAdamW, {"lr": 0.1}), tmp_path, 8, lr_scheduler_type="linear").train()
-    weights = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]  # 1 - alpha at switch_rate 0.25
-    assert rates == pytest.approx([0.1 * weight * (8 - done) / 8 for done, weight in enumerate(weights)])
+    reference = trainer_for(Trainer, (WarmedUp, {"lr": 0.1}), tmp_path, 8, weight_decay=0.0)
+    reference.train()
+    setting = OptimizerSetting("adamw_warmup", switch_fraction=0.5)
+    assert setting.optimizer_cls_and_kwargs(0.1) is None
+    arguments = {**setting.training_arguments(0.1), "weight_decay": 0.0}
+    control = trainer_for(setting.trainer_cls(), None, tmp_path, 8, **arguments)
+    control.train()
+    for got, expected in zip(control.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_the_inverse_phase_can_be_kept_to_some_parameters(tmp_path):
