@@ -514,8 +514,6 @@ def _replaced_options(before: list[Group], after: list[Group]) -> list[str]:
     changes = []
     for index, (old, new) in enumerate(zip(before, after)):
         for name in sorted(old.keys() & new.keys() - skipped):  # lr itself changes with every schedule
-            if name in ("switch_rate", "planned_steps") and "switch_fraction" in old.keys() & new.keys():
-                continue
             if _differs(old[name], new[name]):
                 changes.append(f"{name}: {new[name]} instead of {old[name]} (group {index})")
     return changes
