@@ -26,10 +26,12 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from . import data
 from .config import InputError
-from .data import DataArguments, Table
+from .data import DataArguments
 from .embedded import resolve_model
 from .exact_loss import ExactEvaluation
+from .labels import texts
 from .models import ModelArguments, load_config, loading, model_builder, processor_source
+from .tables import Table
 from .tasks import Task, TaskKind
 from .training import Run
 
@@ -353,7 +355,7 @@ def _examples(table: Table, text_column: str) -> Dataset:
     table.require(columns)
     for column in columns:
         if column != "messages" and not isinstance(table.columns[column][0], list):  # a list holds chat messages
-            data.texts(table, column)
+            texts(table, column)
     return Dataset.from_dict({column: table.columns[column] for column in columns})
 
 

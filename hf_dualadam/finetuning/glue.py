@@ -1,6 +1,8 @@
 """The nine GLUE tasks, and any other text classification with one or two texts: arguments -> Task."""
 
-from collections.abc import Iterable
+import logging
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,9 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from . import data
+from . import data, labels
 from .config import InputError
-from .data import DataArguments, Table
+from .data import DataArguments
 from .embedded import MINILM, resolve_model
 from .exact_loss import ClassifierTrainer
 from .metrics import LocalMetric, compute_metrics_for, majority_baseline
@@ -30,37 +32,58 @@ from .models import (
     processor_source,
     set_labels,
 )
+from .tables import Table
 from .tasks import Task, TaskKind
+
+logger = logging.getLogger(__name__)
+
+HUB = "nyu-mll/glue"
+SPLITS = {"train": {"": "train"}, "validation": {"": "validation"}, "test": {"": "test"}}
+# MNLI has held-out examples from the genres of the training data, and from other ones.
+MNLI_SPLITS = {
+    "train": {"": "train"},
+    "validation": {"": "validation_matched", "_mm": "validation_mismatched"},
+    "test": {"": "test_matched", "_mm": "test_mismatched"},
+}
 
 
 class GlueTask(NamedTuple):
-    """One task: its text columns, class names by index (none for a regression), and measures, the main one first."""
+    """One task of one or two texts.
+
+    Attributes:
+        texts: the text columns.
+        classes: class names by index; none for a regression.
+        metrics: its measures, keys of ``metrics.FUNCTIONS``, the main one first.
+        score_range: lowest and highest score of a regression.
+        hub: data set on the hub; its configuration there is the task's name.
+        splits: names of the splits, by the suffix of their metrics' names.
+        combined: whether the mean of the measures is one more, as GLUE reports it.
+    """
 
     texts: tuple[str, ...]
     classes: tuple[str, ...]
     metrics: tuple[str, ...]
+    score_range: tuple[float, float] = (-math.inf, math.inf)
+    hub: str = HUB
+    splits: dict[str, dict[str, str]] = SPLITS
+    combined: bool = True
 
 
 TASKS = {
     "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
     "sst2": GlueTask(("sentence",), ("negative", "positive"), ("accuracy",)),
     "mrpc": GlueTask(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "stsb": GlueTask(("sentence1", "sentence2"), (), ("pearson", "spearmanr")),
+    "stsb": GlueTask(("sentence1", "sentence2"), (), ("pearson", "spearmanr"), score_range=(0.0, 5.0)),
     "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-    "mnli": GlueTask(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",)),
+    "mnli": GlueTask(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",), splits=MNLI_SPLITS
+    ),
     "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",)),
     "rte": GlueTask(("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",)),
     "wnli": GlueTask(("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
 }
-SCORE_RANGE = (0.0, 5.0)  # of STS-B
-HUB = "nyu-mll/glue"
-# MNLI has its held-out examples from the genres of the training data, and from other ones.
-SPLITS = {"train": {"": "train"}, "validation": {"": "validation"}, "test": {"": "test"}}
-MNLI_SPLITS = {
-    "train": {"": "train"},
-    "validation": {"": "validation_matched", "_mm": "validation_mismatched"},
-    "test": {"": "test_matched", "_mm": "test_mismatched"},
-}
+# Of one's own scores; Transformers' script reports the squared error alone.
+SCORE_METRICS = ("pearson", "spearmanr", "mse")
 
 
 @dataclass
@@ -141,7 +164,7 @@ def build(
         train_dataset=train,
         eval_datasets=held_out,
         predict_datasets=unseen,
-        compute_metrics=compute_metrics_for(metric),
+        compute_metrics=compute_metrics_for(metric, combined=task.combined),
         main_metric=task.metrics[0],
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if half else None),
         processing_class=tokenizer,
@@ -156,9 +179,10 @@ def _load_tables(
     args: GlueArguments, model_args: ModelArguments, splits: Iterable[str]
 ) -> dict[str, dict[str, Table]]:
     """Split -> suffix of its metrics -> table."""
-    names = {split: (MNLI_SPLITS if args.task_name == "mnli" else SPLITS)[split] for split in splits}
+    task = TASKS.get(args.task_name or "")
+    names = {split: (task.splits if task else SPLITS)[split] for split in splits}
     wanted = [name for by_suffix in names.values() for name in by_suffix.values()]
-    hub = (HUB, args.task_name) if args.task_name else ("", None)
+    hub = (task.hub, args.task_name) if task else ("", None)
     from_hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     found = data.load_tables(args, dict.fromkeys([*wanted, *names]), hub, **from_hub)
     tables = {
@@ -175,23 +199,46 @@ def _load_tables(
 def _infer_task(args: GlueArguments, tables: dict[str, dict[str, Table]], config: PretrainedConfig) -> GlueTask:
     """The task of texts without task_name: text columns by name or by content, classes from data or model."""
     known = [table for by_suffix in tables.values() for table in by_suffix.values()]
-    columns = args.text_columns
-    if not columns:
-        usual = [{"sentence1", "sentence2"}, {"sentence"}, {"text"}]
-        columns = next((sorted(names) for names in usual if names <= set(known[0].columns)), None)
-    if not columns:
-        first_rows = {name: next(iter(values), None) for name, values in known[0].columns.items()}
-        columns = [n for n, value in first_rows.items() if isinstance(value, str) and n != args.label_column][:2]
-    if not columns:
-        raise InputError(f"{known[0].name}: holds no text column; there are {', '.join(known[0].columns)}")
+    columns = args.text_columns or _text_columns(known[0], args.label_column)
     stored = next((t.class_names[args.label_column] for t in known if args.label_column in t.class_names), None)
     if stored:
-        classes = stored
+        classes: list[str] | None = stored
     elif "train" in tables:
-        classes = data.infer_classes(tables["train"][""], args.label_column)
+        classes = labels.infer_classes(tables["train"][""], args.label_column)
+    elif config.problem_type == "regression" or config.num_labels == 1:
+        classes = None
     else:
         classes = [config.id2label[index] for index in range(config.num_labels)]
+    if classes is None:
+        logger.info(f"{known[0].name}: column {args.label_column!r} holds numbers: a regression")
+        return GlueTask(tuple(columns), (), SCORE_METRICS, combined=False)
     return GlueTask(tuple(columns), tuple(classes), ("accuracy",))
+
+
+def _text_columns(table: Table, label_column: str) -> list[str]:
+    """The usual text columns, or the first two that hold text; the log says which.
+
+    Raises:
+        InputError: there is none.
+    """
+    usual = [["sentence1", "sentence2"], ["sentence"], ["text"]]
+    columns = next((names for names in usual if set(names) <= set(table.columns)), None)
+    columns = columns or [
+        name
+        for name, values in table.columns.items()
+        if name != label_column and isinstance(next(iter(values), None), str) and not _is_index(name, values)
+    ]
+    if not columns:
+        raise InputError(f"{table.name}: holds no text column; there are {', '.join(map(repr, table.columns))}")
+    unused = [repr(name) for name in table.columns if name not in (*columns[:2], label_column)]
+    note = f", not {', '.join(unused)}" if unused else ""
+    logger.info(f"{table.name}: the texts are {' and '.join(map(repr, columns[:2]))}{note} (text_columns chooses)")
+    return columns[:2]
+
+
+def _is_index(name: str, values: Sequence[Any]) -> bool:
+    """Whether a column numbers the rows, as pandas writes it without a name."""
+    return not name.strip() or name.startswith("Unnamed: ") or labels.holds_numbers(values)
 
 
 def _load_tokenizer(args: GlueArguments, model_args: ModelArguments, config: PretrainedConfig) -> Any:
@@ -224,14 +271,14 @@ def _encode(
 ) -> Dataset:
     """Tokens and, where there are any, labels in the model's order."""
     table.require(task.texts if to_predict else (*task.texts, args.label_column))
-    columns: dict[str, list] = {f"text{index}": data.texts(table, name) for index, name in enumerate(task.texts)}
+    columns: dict[str, list] = {f"text{index}": labels.texts(table, name) for index, name in enumerate(task.texts)}
     if task.classes:
-        labels = data.class_labels(table, args.label_column, task.classes, optional=to_predict)
-        labels = labels and [classes.index(task.classes[label]) for label in labels]
+        targets: Any = labels.class_labels(table, args.label_column, task.classes, optional=to_predict)
+        targets = targets and [classes.index(task.classes[label]) for label in targets]
     else:
-        labels = data.scores(table, args.label_column, *SCORE_RANGE, optional=to_predict)
-    if labels is not None:
-        columns["label"] = labels
+        targets = labels.scores(table, args.label_column, *task.score_range, optional=to_predict)
+    if targets is not None:
+        columns["label"] = targets
     rows = Dataset.from_dict(columns)
     if to_predict:
         rows = rows.select(range(min(len(rows), args.max_predict_samples or len(rows))))

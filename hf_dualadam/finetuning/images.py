@@ -1,17 +1,16 @@
 """Image classification with any ``AutoModelForImageClassification``: arguments -> Task. Pillow is enough."""
 
+import glob
 import io
 import logging
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, load_dataset
+from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers import (
@@ -23,12 +22,15 @@ from transformers import (
     default_data_collator,
 )
 
-from . import data
+from . import data, labels
 from .config import InputError
-from .data import DataArguments, Table
+from .data import DataArguments
 from .exact_loss import ClassifierTrainer
+from .image_folders import read_split_folder, split_folders
+from .image_transform import ImageTransform, ImageView, eight_bits
 from .metrics import LocalMetric, compute_metrics_for, majority_baseline
 from .models import ModelArguments, load_config, loading, model_builder, model_order, processor_source, set_labels
+from .tables import Table, class_names, find_split
 from .tasks import Task, TaskKind
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,18 @@ class ImageArguments(DataArguments):
         return {split: folder for split, folder in given.items() if folder}
 
     @property
+    def sources(self) -> list[str]:
+        """The options given that name a source of images; the folders count as one."""
+        return super().sources + [f"{split}_dir" for split in self.folders][:1]
+
+    @property
+    def holds_folders(self) -> bool:
+        """Whether the images are in folders, which name their classes."""
+        if self.data_dir:
+            return not any(find_split(Path(self.data_dir), split) for split in ("train", "validation", "test"))
+        return bool(self.folders)
+
+    @property
     def name(self) -> str:
         """Short name of the task for files and titles."""
         given = [self.dataset_name, self.data_dir, *self.folders.values(), *self.files.values()]
@@ -103,92 +117,6 @@ class Images(NamedTuple):
 
     dataset: Dataset
     name: str
-
-
-class ImageTransform:
-    """Image -> pixel values (channels, height, width), with Pillow only.
-
-    Resized and normalized as the model's own image processor does it. For training, either a random crop of at least
-    ``crop_min_scale`` of the area, with an aspect ratio of at most 4:3, is resized instead; or the resized image is
-    padded by ``crop_padding`` black pixels and cropped at random. Random numbers come from torch, whose state Trainer
-    seeds, saves and restores.
-
-    Args:
-        processor: the model's image processor.
-        config: the model's configuration: an image of one channel is grey, of three RGB.
-        crop_min_scale: 1 for no crop.
-        crop_padding: in pixels of the resized image; 0 for none. Replaces ``crop_min_scale``.
-        horizontal_flip: mirror half of the images.
-    """
-
-    def __init__(
-        self,
-        processor: Any,
-        config: PretrainedConfig,
-        crop_min_scale: float = 1.0,
-        crop_padding: int = 0,
-        horizontal_flip: bool = False,
-    ):
-        size = dict(processor.size)
-        self.shortest_edge = size.get("shortest_edge")
-        crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-        target = dict(crop) if crop else size
-        side = self.shortest_edge
-        self.height, self.width = target.get("height") or side, target.get("width") or side
-        self.mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
-        self.resample = PILImage.Resampling(processor.resample)
-        normalize = processor.do_normalize
-        self.mean = np.asarray(processor.image_mean if normalize else 0.0, dtype=np.float32)
-        self.std = np.asarray(processor.image_std if normalize else 1.0, dtype=np.float32)
-        self.crop_min_scale, self.crop_padding = 1.0 if crop_padding else crop_min_scale, crop_padding
-        self.horizontal_flip = horizontal_flip
-
-    def __call__(self, image: PILImage.Image) -> torch.Tensor:
-        """Transform one image."""
-        image = image.convert(self.mode)
-        box = self._random_box(image) if self.crop_min_scale < 1 else self._center_box(image)
-        image = image.resize((self.width, self.height), self.resample, box=box)
-        if self.crop_padding:
-            left, top = torch.randint(-self.crop_padding, self.crop_padding + 1, (2,)).tolist()
-            image = image.crop((left, top, left + self.width, top + self.height))
-        if self.horizontal_flip and torch.rand(()) < 0.5:
-            image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-        pixels = np.asarray(image, dtype=np.float32).reshape(self.height, self.width, -1) / 255
-        return torch.from_numpy(((pixels - self.mean) / self.std).transpose(2, 0, 1).copy())
-
-    def _center_box(self, image: PILImage.Image) -> tuple[float, float, float, float]:
-        """The whole image, or the centre that remains when its shortest edge is resized and the rest cut off."""
-        if self.shortest_edge is None:
-            return 0, 0, image.width, image.height
-        scale = min(image.size) / self.shortest_edge
-        width, height = min(self.width * scale, image.width), min(self.height * scale, image.height)
-        left, top = (image.width - width) / 2, (image.height - height) / 2
-        return left, top, left + width, top + height
-
-    def _random_box(self, image: PILImage.Image) -> tuple[float, float, float, float]:
-        share, shape, x, y = torch.rand(4).tolist()
-        area = image.width * image.height * (self.crop_min_scale + (1 - self.crop_min_scale) * share)
-        ratio = math.exp((2 * shape - 1) * math.log(4 / 3))
-        width, height = min(math.sqrt(area * ratio), image.width), min(math.sqrt(area / ratio), image.height)
-        left, top = x * (image.width - width), y * (image.height - height)
-        return left, top, left + width, top + height
-
-
-class ImageView(torch.utils.data.Dataset):
-    """What Trainer sees of an image dataset: pixel values and labels, transformed when asked for."""
-
-    def __init__(self, dataset: Dataset, transform: ImageTransform):
-        self.dataset, self.transform = dataset, transform
-
-    def __len__(self) -> int:
-        """Count the images."""
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decode and transform one image."""
-        row = self.dataset[index]
-        labels = {"labels": row["label"]} if "label" in row else {}
-        return {"pixel_values": self.transform(row["image"])} | labels
 
 
 def build(
@@ -264,24 +192,44 @@ def _load_splits(args: ImageArguments, model_args: ModelArguments, splits: set[s
 
 
 def _load_datasets(args: ImageArguments, model_args: ModelArguments, splits: set[str]) -> dict[str, Dataset]:
-    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-    if args.folders:
-        files = {split: str(Path(folder) / "**") for split, folder in args.folders.items()}
-        return data.load_hub("imagefolder", data_files=files, **hub)
-    files = {split: [path] for split, path in args.files.items()}
+    files = {split: [Path(path)] for split, path in args.files.items()}
+    if args.data_dir:
+        found = {split: find_split(Path(args.data_dir), split) for split in splits}
+        files = {split: paths for split, paths in found.items() if paths}
+    folders = {split: Path(folder) for split, folder in args.folders.items()}
     if args.data_dir and not files:
-        found = {split: data.find_split(Path(args.data_dir), split) for split in splits}
-        files = {split: [str(path) for path in paths] for split, paths in found.items() if paths}
-        if not files and any(path.is_dir() for path in Path(args.data_dir).iterdir()):
-            return data.load_hub("imagefolder", data_dir=args.data_dir, **hub)
-    for path in (path for paths in files.values() for path in paths):
-        if Path(path).suffix.lower() != ".parquet":
-            raise InputError(f"{path}: images are read from .parquet files and folders")
-    if files or args.data_dir:
-        return {split: data.load_hub("parquet", data_files=paths, **hub)["train"] for split, paths in files.items()}
+        folders = split_folders(Path(args.data_dir))
+    elif args.data_dir:
+        beside = set(split_folders(Path(args.data_dir)).values()) - {Path(args.data_dir)}
+        if beside:
+            raise InputError(f"{args.data_dir}: holds split files and the folder {min(beside).name!r}; keep one kind")
+    if folders:
+        return {split: _from_folder(folders[split], split, args) for split in splits if split in folders}
+    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    if files:
+        return {split: _from_parquet(paths, **hub) for split, paths in files.items()}
     if args.dataset_name is None:
         raise InputError("no images: give data_dir, train_dir and validation_dir, or dataset_name")
     return data.load_hub(args.dataset_name, args.dataset_config_name, **hub)
+
+
+def _from_folder(folder: Path, split: str, args: ImageArguments) -> Dataset:
+    found = read_split_folder(folder, labelled=split != "test")
+    image = args.image_column_name or "image"
+    columns = {image: found.paths} | ({args.label_column_name: found.classes} if found.classes is not None else {})
+    return Dataset.from_dict(columns).cast_column(image, Image())
+
+
+def _from_parquet(paths: list[Path], **kwargs: Any) -> Dataset:
+    """The images of parquet files; their names are no patterns."""
+    for path in paths:
+        if path.suffix.lower() != ".parquet":
+            raise InputError(f"{path}: images are read from .parquet files and folders")
+    try:
+        return load_dataset("parquet", data_files=[glob.escape(str(path)) for path in paths], **kwargs)["train"]
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise InputError(f"{paths[0]}: cannot be read: {reason}") from error
 
 
 def _source_name(args: ImageArguments, split: str) -> str:
@@ -289,21 +237,26 @@ def _source_name(args: ImageArguments, split: str) -> str:
 
 
 def _infer_classes(args: ImageArguments, sources: dict[str, Images], config: PretrainedConfig) -> tuple[str, ...]:
-    """Class names as stored with a split, else from the training labels, else those of the model."""
+    """Class names as stored with the training images or as their labels say, else those of the model."""
     column = args.label_column_name
-    for source in sources.values():
-        if names := data.class_names(source.dataset.features).get(column):
-            return tuple(names)
-    if "train" in sources:
-        return tuple(data.infer_classes(_label_table(sources["train"], column), column))
-    return tuple(config.id2label[index] for index in range(config.num_labels))
+    if "train" not in sources:
+        return tuple(config.id2label[index] for index in range(config.num_labels))
+    dataset = sources["train"].dataset
+    if names := class_names(dataset.features).get(column):
+        return tuple(names)
+    if args.holds_folders:
+        return tuple(sorted(set(dataset[column])))
+    found = labels.infer_classes(_label_table(sources["train"], column), column)
+    if found is None:
+        raise InputError(f"{sources['train'].name}: column {column!r} holds scores; classes are needed")
+    return tuple(found)
 
 
 def _label_table(source: Images, column: str) -> Table:
     """The labels; the other columns by name alone, since reading them would decode every image."""
     dataset = source.dataset
     columns = {name: dataset[name][:] if name == column else range(len(dataset)) for name in dataset.column_names}
-    return Table(source.name, columns, data.class_names(dataset.features))
+    return Table(source.name, columns, class_names(dataset.features))
 
 
 def _load_processor(args: ModelArguments, config: PretrainedConfig, image_size: int | None) -> Any:
@@ -330,11 +283,11 @@ def _prepare(
     table = _label_table(source, args.label_column_name)
     column = _image_column(source, args)
     table.require([column] if to_predict else [column, args.label_column_name])
-    labels = data.class_labels(table, args.label_column_name, classes, optional=to_predict)
+    targets = labels.class_labels(table, args.label_column_name, classes, optional=to_predict)
     dataset = source.dataset.select_columns([column]).cast_column(column, Image())
     dataset = dataset.rename_column(column, "image") if column != "image" else dataset
-    if labels is not None:
-        indices = pa.array([order.index(classes[label]) for label in labels], pa.int64())
+    if targets is not None:
+        indices = pa.array([order.index(classes[label]) for label in targets], pa.int64())
         dataset = dataset.add_column("label", indices)
     return dataset.add_column("row", pa.array(range(len(dataset)), pa.int64()))  # of the file, for messages
 
@@ -366,7 +319,9 @@ def _check_images(dataset: Dataset, name: str) -> None:
     for example in tqdm(encoded, desc=f"Checking the images of {name}", leave=False):
         image = example["image"]
         try:
-            PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]).load()
+            opened = PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+            opened.load()
+            eight_bits(opened)
         except Exception as error:  # Pillow's decoders raise many kinds
             where = " ".join(filter(None, [image and image["path"], f"(row {example['row']})"]))
             raise InputError(f"{name}: the image {where} cannot be decoded: {error}") from error

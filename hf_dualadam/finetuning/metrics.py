@@ -33,8 +33,10 @@ FUNCTIONS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "matthews_correlation": lambda predictions, references: float(matthews_corrcoef(references, predictions)),
     "pearson": lambda predictions, references: _correlation(stats.pearsonr, predictions, references),
     "spearmanr": lambda predictions, references: _correlation(stats.spearmanr, predictions, references),
+    "mse": lambda predictions, references: float(np.mean((predictions - references) ** 2)),
 }
-CORRELATIONS = {"pearson", "spearmanr"}
+SCORES = {"pearson", "spearmanr", "mse"}  # of real numbers
+SMALLER_IS_BETTER = {"loss", "perplexity", "mse"}
 
 
 class LocalMetric(evaluate.Metric):
@@ -42,8 +44,8 @@ class LocalMetric(evaluate.Metric):
 
     ``LocalMetric(["accuracy", "f1"]).compute(predictions=[0, 1], references=[0, 0])`` is
     ``{"accuracy": 0.5, "f1": 0.0}``.
-    Predictions and references are class indices, or real numbers for ``pearson`` and ``spearmanr``; a correlation with
-    something constant is 0.
+    Predictions and references are class indices, or real numbers for ``pearson``, ``spearmanr`` and ``mse``; a
+    correlation with something constant is 0.
 
     Args:
         names: keys of :data:`FUNCTIONS`.
@@ -63,7 +65,7 @@ class LocalMetric(evaluate.Metric):
             super().__init__(config_name="-".join(names), **({"cache_dir": folder} | options))
 
     def _info(self) -> evaluate.MetricInfo:
-        kind = datasets.Value("float64" if CORRELATIONS & set(self.names) else "int64")
+        kind = datasets.Value("float64" if SCORES & set(self.names) else "int64")
         return evaluate.MetricInfo(
             description=f"{', '.join(self.names)} of predictions against references, computed locally.",
             citation=CITATION,
@@ -76,17 +78,19 @@ class LocalMetric(evaluate.Metric):
         return {name: FUNCTIONS[name](predictions, references) for name in self.names}
 
 
-def compute_metrics_for(metric: LocalMetric) -> Callable[[EvalPrediction], dict[str, float]]:
+def compute_metrics_for(metric: LocalMetric, *, combined: bool = True) -> Callable[[EvalPrediction], dict[str, float]]:
     """Trainer's ``compute_metrics``: the metric of the most likely classes, or of the outputs themselves.
 
-    With several measures their mean is added as ``combined_score``, as GLUE reports it.
+    Args:
+        metric: one or several measures.
+        combined: add the mean of several measures as ``combined_score``, as GLUE reports it.
     """
 
     def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
         logits = evaluation.predictions[0] if isinstance(evaluation.predictions, tuple) else evaluation.predictions
-        predictions = logits.reshape(-1) if CORRELATIONS & set(metric.names) else logits.argmax(axis=-1)
+        predictions = logits.reshape(-1) if SCORES & set(metric.names) else logits.argmax(axis=-1)
         results = metric.compute(predictions=predictions, references=evaluation.label_ids)
-        if len(results) > 1:
+        if combined and len(results) > 1:
             results["combined_score"] = float(np.mean(list(results.values())))
         return results
 
@@ -103,7 +107,7 @@ def majority_baseline(
         train: examples with a ``label`` column; the held-out ones are counted instead where it is None.
         held_out: examples with a ``label`` column, or None: no baseline.
     """
-    if held_out is None or CORRELATIONS & set(metric.names):
+    if held_out is None or SCORES & set(metric.names):
         return None
     values, counts = np.unique(np.asarray((train or held_out)["label"]), return_counts=True)
     labels = held_out["label"][:]

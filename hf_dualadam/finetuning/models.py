@@ -162,10 +162,12 @@ def _with_adapter(model: PreTrainedModel, args: ModelArguments) -> PreTrainedMod
 
 
 def model_order(classes: tuple[str, ...], config: PretrainedConfig) -> tuple[str, ...]:
-    """The classes in the order of a model that was trained on them, else as they are."""
-    of_model = {name.lower(): index for index, name in config.id2label.items()}
-    if sorted(of_model) == sorted(name.lower() for name in classes):
-        return tuple(sorted(classes, key=lambda name: of_model[name.lower()]))
+    """The classes in the order of a model that was trained on them, else as they are; case counts if need be."""
+    of_model = [config.id2label[index] for index in sorted(config.id2label)]
+    for write in (str, str.lower):
+        place = {write(name): index for index, name in enumerate(of_model)}
+        if len(place) == len(of_model) and sorted(place) == sorted(map(write, classes)):
+            return tuple(sorted(classes, key=lambda name: place[write(name)]))
     return classes
 
 

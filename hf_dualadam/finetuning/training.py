@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from ..trainer.checkpoints import TRAINER_STATE, checkpoint_problem, last_complete_checkpoint
 from ..trainer.nonfinite import StopOnNonFinite
 from .config import InputError
+from .metrics import SMALLER_IS_BETTER
 from .plots import plot_learning_curves
 from .tasks import Task
 
@@ -197,6 +198,7 @@ def run(
         if args.do_train:
             with start.refusals():
                 metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+            metrics["total_flos"] = trainer.state.total_flos  # which Trainer's printing takes out of its metrics
             metrics["train_samples"] = len(task.train_dataset)
             if write:
                 trainer.save_model()
@@ -286,14 +288,14 @@ def generalization_gap(metrics: dict[str, float], names: Iterable[str], suffix: 
 
     Args:
         metrics: with ``eval_<name>`` and ``train_eval_<name>``.
-        names: the measures; for ``loss`` and ``perplexity`` the gap is held-out minus training, for the others
-            training minus held-out.
+        names: the measures; for loss, perplexity and mse the gap is held-out minus training, for the others training
+            minus held-out.
         suffix: of the held-out measures, "_mm" for MNLI mismatched.
     """
     gaps = {}
     for name in names:
         difference = metrics[f"{TRAIN_EVAL}_{name}"] - metrics[f"eval_{name}{suffix}"]
-        gaps[f"generalization_gap_{name}{suffix}"] = -difference if name in ("loss", "perplexity") else difference
+        gaps[f"generalization_gap_{name}{suffix}"] = -difference if name in SMALLER_IS_BETTER else difference
     return gaps
 
 

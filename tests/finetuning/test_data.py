@@ -1,48 +1,102 @@
 """Examples are read alike from every format, and what is wrong with them is said in one line."""
 
+import json
+
 import datasets
 import numpy as np
 import pytest
 from tiny import write_rows
 
-from hf_dualadam.finetuning import data, embedded
+from hf_dualadam.finetuning import data, embedded, labels, tables
 from hf_dualadam.finetuning.config import InputError
-from hf_dualadam.finetuning.data import DataArguments, Table
+from hf_dualadam.finetuning.data import DataArguments
+from hf_dualadam.finetuning.tables import Table
 
-ROWS = [{"sentence": 'NA, "quoted"\tand ünïcode', "label": 1}, {"sentence": "null", "label": 0}]
+ROWS = [{"sentence": 'NA, "quoted" and ünïcode', "label": 1}, {"sentence": "null", "label": 0}]
 
 
-@pytest.mark.parametrize("extension", ["parquet", "csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("extension", ["parquet", "csv", "jsonl", "json"])
 def test_every_format_gives_the_same_rows(tmp_path, extension):
-    table = data.read_table(write_rows(tmp_path / f"train.{extension}", ROWS))
-    assert data.texts(table, "sentence") == [row["sentence"] for row in ROWS]
-    assert data.class_labels(table, "label", ["no", "yes"]) == [1, 0]
+    path = tmp_path / f"train.{extension}"
+    if extension == "json":
+        path.write_text(json.dumps(ROWS))
+    else:
+        write_rows(path, ROWS)
+    table = tables.read_table(path)
+    assert labels.texts(table, "sentence") == [row["sentence"] for row in ROWS]
+    assert labels.class_labels(table, "label", ["no", "yes"]) == [1, 0]
 
 
-def test_json_list_and_unquoted_tsv(tmp_path):
-    (tmp_path / "a.json").write_text('[{"sentence": "x", "label": 0}]')
-    assert data.read_table(tmp_path / "a.json").columns == {"sentence": ["x"], "label": [0]}
-    (tmp_path / "a.tsv").write_text('sentence\tlabel\n"He said\t1\nit is" fine\t0\n')
-    assert data.read_table(tmp_path / "a.tsv").columns["sentence"] == ['"He said', 'it is" fine']
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ['1\t"it begins', "0\tmiddle", '1\tend it"', "0\tplain"],
+        ['1\t"all of it"', '0\t"two ""quotes"" within"', "1\t\\", "0\t'"],
+        ["1\t\u2028within", "0\t\x0b", "1\t\u0085", "0\t "],
+    ],
+)
+def test_a_tsv_file_knows_no_quoting(tmp_path, caplog, lines):
+    (tmp_path / "a.tsv").write_text("label\tsentence\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    table = tables.read_table(tmp_path / "a.tsv")
+    assert table.columns["sentence"] == [line.partition("\t")[2] for line in lines]
+    assert ("1 fields look quoted as in csv" in caplog.text) == ('""' in lines[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("long.csv", "text,label\n" + "x" * 200_000 + ",1\n"),
+        ("long.tsv", "text\tlabel\n" + "x" * 200_000 + "\t1\n"),
+        ("u2028.jsonl", '{"text": "a\u2028b", "label": 1}\n'),
+        ("bom.jsonl", '\ufeff{"text": "a", "label": 1}\r\n\n'),
+        ("bom.csv", "\ufefftext,label\r\na,1\r\n"),
+        ("break.csv", 'text,label\n"a\nb",1\n'),
+        ("label=0/a.jsonl", '{"text": "a", "label": 1}'),
+    ],
+)
+def test_odd_files_are_read_as_they_are(tmp_path, name, content):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content, encoding="utf-8", newline="")
+    table = tables.read_table(path)
+    assert len(table) == 1 and list(table.columns) == ["text", "label"]
+    assert labels.class_labels(table, "label", ["no", "yes"]) == [1]
+
+
+def test_words_in_a_path_add_no_columns(tmp_path):
+    path = write_rows(tmp_path / "label=7" / "train.parquet", [{"text": "a"}])
+    assert list(tables.read_table(path).columns) == ["text"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.csv", "sentence,label\na,b,1\n", "line 2 has 3 fields, the header has 2"),
+        ("a.tsv", 'sentence\tlabel\n"a\tb"\t1\n', "line 2 has 3 fields, the header has 2"),
         ("a.csv", b"sentence,label\n\xff\xfe,1\n", "cannot be read.*utf-8"),
-        ("a.jsonl", '{"sentence": 1\n', "cannot be read"),
+        ("a.csv", 'sentence,label\n"a,1\n', "line 2 unexpected end of data"),
+        ("a.csv", "label,text,label\n1,a,0\n", "column 'label' is there twice"),
+        ("a.tsv", "text\ttext\na\tb\n", "column 'text' is there twice"),
+        ("a.csv", "", "is empty"),
+        ("a.parquet", "", "is empty"),
+        ("a.jsonl", '{"sentence": 1\n', "line 1"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": "\u2028}\n', "line 3: Unterminated string"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: key 'a' is there twice"),
+        ("a.jsonl", '{"a": "x"}\n{"a": "\\ud83d"}\n', r"column 'a' holds half of a character, '.ud83d', in row 1"),
+        ("a.json", '[{"a": [{"b": "\\udc00"}]}]', "column 'a' holds half of a character"),
         ("a.jsonl", "[1, 2]\n", "every row should be an object"),
+        ("a.jsonl", "[" * 100_000, "cannot be read"),
         ("a.parquet", "no parquet", "cannot be read.*[Pp]arquet"),
-        ("a.xlsx", "", "unknown kind"),
+        ("a.xlsx", "x", "unknown kind"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message) as caught:
-        data.read_table(path)
+        tables.read_table(path)
     assert str(path) in str(caught.value)
+    str(caught.value).encode()  # can be printed
 
 
 @pytest.mark.parametrize(
@@ -56,50 +110,125 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     ],
 )
 def test_labels_are_whole_numbers_or_class_names(values, expected):
-    assert data.class_labels(Table("f", {"label": values}), "label", ["no", "yes"]) == expected
+    assert labels.class_labels(Table("f", {"label": values}), "label", ["no", "yes"]) == expected
 
 
 @pytest.mark.parametrize("value", [2, -1, 0.5, None, float("nan"), float("inf"), "maybe", "", "1e400", [1], 10**400])
 def test_unexpected_label_names_file_column_row_and_what_is_allowed(value):
     table = Table("train.csv", {"label": [0, 1, value, value]})
     with pytest.raises(InputError) as caught:
-        data.class_labels(table, "label", ["no", "yes"])
+        labels.class_labels(table, "label", ["no", "yes"])
     for part in ("train.csv", "'label'", repr(value), "row 2", "2 rows", "0 to 1", "no, yes"):
         assert part in str(caught.value)
 
 
 def test_stored_class_names_decide_over_stored_numbers():
     table = Table("f", {"label": [0, 1]}, {"label": ["Yes", "No"]})
-    assert data.class_labels(table, "label", ["no", "yes"]) == [1, 0]
-    assert data.class_labels(Table("f", {"label": [0, 1]}, {"label": ["a", "b"]}), "label", ["no", "yes"]) == [0, 1]
+    assert labels.class_labels(table, "label", ["no", "yes"]) == [1, 0]
+    assert labels.class_labels(Table("f", {"label": [0, 1]}, {"label": ["a", "b"]}), "label", ["no", "yes"]) == [0, 1]
 
 
 def test_examples_to_predict_may_lack_labels():
     for columns in ({"x": [1, 2]}, {"label": [-1, -1]}, {"label": [None, None]}, {"label": ["", "-1"]}):
-        assert data.class_labels(Table("f", columns), "label", ["no", "yes"], optional=True) is None
-    assert data.class_labels(Table("f", {"label": [1, 0]}), "label", ["no", "yes"], optional=True) == [1, 0]
+        assert labels.class_labels(Table("f", columns), "label", ["no", "yes"], optional=True) is None
+    assert labels.class_labels(Table("f", {"label": [1, 0]}), "label", ["no", "yes"], optional=True) == [1, 0]
     with pytest.raises(InputError, match="-1"):
-        data.class_labels(Table("f", {"label": [1, -1]}), "label", ["no", "yes"], optional=True)
+        labels.class_labels(Table("f", {"label": [1, -1]}), "label", ["no", "yes"], optional=True)
 
 
 def test_scores_keep_within_their_range():
-    assert data.scores(Table("f", {"label": ["2.5", 0, 5]}), "label", 0, 5) == [2.5, 0.0, 5.0]
+    assert labels.scores(Table("f", {"label": ["2.5", 0, 5]}), "label", 0, 5) == [2.5, 0.0, 5.0]
     for value in (5.1, "high", None, float("nan")):
         with pytest.raises(InputError, match="numbers from 0 to 5"):
-            data.scores(Table("f", {"label": [1.0, value]}), "label", 0, 5)
+            labels.scores(Table("f", {"label": [1.0, value]}), "label", 0, 5)
 
 
-def test_classes_are_inferred_from_numbers_or_names():
-    assert data.infer_classes(Table("f", {"label": [0, 2, 0]}), "label") == ["0", "1", "2"]
-    assert data.infer_classes(Table("f", {"label": ["b", "a", "b"]}), "label") == ["a", "b"]
-    for values, message in ((["a", None], "None"), ([0, 0], "only one class"), ([0.5, 1], "0.5"), ([0, -1], "-1")):
-        with pytest.raises(InputError, match=message):
-            data.infer_classes(Table("f", {"label": values}), "label")
+@pytest.mark.parametrize(
+    ("values", "classes"),
+    [
+        ([0, 2, 0], ["0", "2"]),
+        (["10", "9", "0"], ["0", "9", "10"]),
+        (["b", "a", "b"], ["a", "b"]),
+        (["C", "c", "C"], ["C", "c"]),
+        (["1_0", "1_1", "2_0"], ["1_0", "1_1", "2_0"]),
+        (["01", "1"], ["01", "1"]),
+        (["100", "nan", "x"], ["100", "nan", "x"]),
+        (["inf", "nan"], ["inf", "nan"]),
+        (["1", "2a"], ["1", "2a"]),
+        (["٣", "3"], ["3", "٣"]),
+        ([True, False], ["False", "True"]),
+        (["-2", "x"], ["-2", "x"]),
+        (["-2", "3"], ["-2", "3"]),
+        (["-2", "3", "0.5"], None),
+        ([0.5, 1], None),
+        (["0.01", "3"], None),
+        (["1.0", "0.0"], None),
+        (["-1.5", "2e-5"], None),
+        ([1.0, None], None),
+    ],
+)
+def test_classes_are_those_that_are_there_and_fractions_are_scores(values, classes):
+    table = Table("f", {"label": values})
+    assert labels.infer_classes(table, "label") == classes
+    if classes:
+        assert labels.class_labels(table, "label", classes) == [classes.index(str(value)) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["a", None], "None in row 1"),
+        (["a", ""], "'' in row 1"),
+        ([0, 0], "only one class"),
+        ([0, -1], "-1 in row 1"),
+        (["0", "-1"], "'-1' in row 1"),
+        (["a", "-1"], "'-1' in row 1"),
+        ([1, "a"], "'a' in row 1"),
+        (["yes", " yes", "no"], "differ only by blanks"),
+        ([[1], [2]], "row 0"),
+        (["0.5", "1", "high"], "'high' in row 2"),
+        ([0.5, 1, "high"], "'high' in row 2"),
+    ],
+)
+def test_unclear_classes_are_refused(values, message):
+    with pytest.raises(InputError, match=message) as caught:
+        labels.infer_classes(Table("f", {"label": values}), "label")
+    assert "f: column 'label'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "expected"),
+    [
+        (["A", "a"], ["a", "A"], [1, 0]),
+        (["C", "c", "d"], ["c", "D", " C"], [1, 2, 0]),
+        (["0", "2"], [2, "0", 2.0], [1, 0, 1]),
+        (["10", "9"], ["9", "10"], [1, 0]),
+        (["1_0", "1_1"], ["1_1", "1_0"], [1, 0]),
+        (["b", "a"], ["1", 0], [1, 0]),
+    ],
+)
+def test_exact_names_come_first(names, values, expected):
+    assert labels.class_labels(Table("f", {"label": values}), "label", names) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [(["0", "2"], 1), (["Ab", "aB"], "ab"), (["10", "11"], "1_0"), (["a", "b"], "1_0"), (["a", "b"], True)],
+)
+def test_what_could_be_two_classes_or_none_is_refused(names, value):
+    with pytest.raises(InputError, match="unexpected value"):
+        labels.class_labels(Table("f", {"label": [value]}), "label", names)
+
+
+def test_classes_stored_with_a_split_must_all_be_known():
+    table = Table("f", {"label": [0, 1]}, {"label": ["bus", "truck"]})
+    with pytest.raises(InputError, match="'truck'"):
+        labels.class_labels(table, "label", ["bus", "car"])
 
 
 def test_text_must_be_text():
     with pytest.raises(InputError, match="f: column 'sentence' holds nan in row 1"):
-        data.texts(Table("f", {"sentence": ["a", float("nan")]}), "sentence")
+        labels.texts(Table("f", {"sentence": ["a", float("nan")]}), "sentence")
 
 
 def test_missing_column_and_empty_split_are_named(tmp_path):
@@ -107,19 +236,65 @@ def test_missing_column_and_empty_split_are_named(tmp_path):
         Table("f", {"sentence": ["a"]}).require(["sentence", "label"])
     (tmp_path / "train.csv").write_text("sentence,label\n")
     with pytest.raises(InputError, match="holds no rows"):
-        data.read_table(tmp_path / "train.csv").require(["sentence"])
+        tables.read_table(tmp_path / "train.csv").require(["sentence"])
 
 
 def test_splits_are_found_in_parts_and_in_one_format_only(tmp_path):
     for part in range(2):
         write_rows(tmp_path / f"train-0000{part}-of-00002.parquet", ROWS)
-    assert len(data.read_split(tmp_path, "train")) == 4
-    assert data.read_split(tmp_path, "test") is None
+    assert len(tables.read_split(tmp_path, "train")) == 4
+    assert tables.read_split(tmp_path, "test") is None
     message = data.missing_split(DataArguments(data_dir=str(tmp_path)), "test")
     assert "test.parquet or test.csv" in message and "train-00000-of-00002.parquet" in message
     write_rows(tmp_path / "train.csv", ROWS)
     with pytest.raises(InputError, match="as .parquet and as .csv"):
-        data.find_split(tmp_path, "train")
+        tables.find_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-00000-of-00003", "train-00002-of-00003"], "part 00001 is missing"),
+        (["train-00001-of-00002"], "part 00000 is missing"),
+        (["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"], "parts of 1 and of 2"),
+        (["train-00000-of-00001", "train"], "as .csv and as parts .csv"),
+        (["train-00000-of-00001", "train-00001-of-00001"], "beyond"),
+    ],
+)
+def test_parts_are_complete(tmp_path, names, message):
+    for name in names:
+        write_rows(tmp_path / f"{name}.csv", ROWS)
+    with pytest.raises(InputError, match=message):
+        tables.find_split(tmp_path, "train")
+
+
+def test_parts_have_the_same_columns(tmp_path):
+    write_rows(tmp_path / "train-00000-of-00002.csv", ROWS)
+    write_rows(tmp_path / "train-00001-of-00002.csv", [row | {"more": 1} for row in ROWS])
+    with pytest.raises(InputError, match="00001-of-00002.csv: has other columns"):
+        tables.read_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [("text, label", "' label' has blanks around its name"), ("text;label", "there are text;label")],
+)
+def test_misspelt_headers_are_shown(tmp_path, header, message):
+    (tmp_path / "a.csv").write_text(header + "\n" + "a, 1\n" * (", " in header) + "a;1\n" * (";" in header))
+    with pytest.raises(InputError, match=message):
+        tables.read_table(tmp_path / "a.csv").require(["label"])
+
+
+def test_sources_are_named_once(tmp_path):
+    path = write_rows(tmp_path / "train.csv", ROWS)
+    for options in (
+        {"data_dir": str(tmp_path), "train_file": str(path)},
+        {"dataset_name": "x", "data_dir": str(tmp_path)},
+    ):
+        with pytest.raises(InputError, match="give one of them"):
+            DataArguments(**options)
+    with pytest.raises(InputError, match="is on this machine; give data_dir"):
+        data.load_hub(str(tmp_path))
 
 
 def test_missing_paths_and_bad_counts_are_refused(tmp_path):

@@ -1,0 +1,139 @@
+"""Folders of images: splits from the names on the first level, classes from those on the next, and nothing else.
+
+Words elsewhere in a path mean nothing: not in a file's name, and not in a class called "freight train".
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image as PILImage
+
+from .config import InputError
+
+logger = logging.getLogger(__name__)
+
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
+LAYOUT = "train, validation (or val, dev) and test with a folder per class in each, or a folder per class"
+
+
+class FoundImages(NamedTuple):
+    """The images of one split: their paths, and the name of each one's class folder (None without class folders)."""
+
+    paths: list[str]
+    classes: list[str] | None
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """The folder of each split: the first-level folders if all are named as splits, else the whole is for training.
+
+    Raises:
+        InputError: only some of them are named so, or two of them mean the same split.
+    """
+    by_name = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+    inside = [path for path in _folders(folder) if any(_is_image(file) for file in _files(path))]
+    named = [path for path in inside if path.name in by_name]
+    if not named:
+        return {"train": folder}
+    others = [path.name for path in inside if path not in named]
+    if others:
+        raise InputError(
+            f"{folder}: {named[0].name!r} may be a split or a class, as {others[0]!r} beside it is no split; needed: "
+            f"{LAYOUT}; or name the folder of each split with train_dir, validation_dir and test_dir"
+        )
+    found: dict[str, Path] = {}
+    for path in named:
+        if (other := found.setdefault(by_name[path.name], path)) != path:
+            raise InputError(f"{folder}: {other.name!r} and {path.name!r} both mean {by_name[path.name]}; keep one")
+    loose = next((path for path in folder.iterdir() if _is_image(path)), None)
+    if loose is not None:
+        raise InputError(f"{loose}: lies beside the folders of the splits; needed: {LAYOUT}")
+    return found
+
+
+def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
+    """The images of one split; what is no image is skipped, and the log says how many files that were.
+
+    Args:
+        folder: with a folder per class, or with images to predict.
+        labelled: whether class folders are needed.
+
+    Raises:
+        InputError: there is no image, or one beside the class folders or below them, or a single class.
+    """
+    skipped: Counter[str] = Counter()
+    loose = [path for path in _sorted_files(folder) if _count(path, skipped)]
+    found = {
+        inside.name: [path for path in _files(inside) if _count(path, skipped)] for inside in _folders(folder, skipped)
+    }
+    found = {name: paths for name, paths in found.items() if paths}
+    for name, paths in found.items():
+        deeper = next((path for path in paths if path.parent != folder / name), None)
+        if deeper is not None:
+            raise InputError(f"{deeper}: lies deeper than a folder of class {name!r}; needed: {LAYOUT}")
+    if skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(8))
+        logger.warning(f"{folder}: skipped {skipped.total()} files that are no images that Pillow reads: {kinds}")
+    if loose and found:
+        raise InputError(f"{loose[0]}: lies beside the class folders ({', '.join(list(found)[:3])}, ...)")
+    if loose and not labelled:
+        return FoundImages([_text(path) for path in loose], None)
+    if loose:
+        raise InputError(f"{loose[0]}: lies in no class folder; needed: {LAYOUT}")
+    if not found:
+        raise InputError(f"{folder}: holds no images; needed: {LAYOUT}")
+    if labelled and len(found) < 2:
+        raise InputError(f"{folder}: holds only one class folder, {next(iter(found))!r}; at least 2 are needed")
+    pairs = [(_text(path), name) for name, paths in found.items() for path in paths]
+    return FoundImages([path for path, _ in pairs], [name for _, name in pairs])
+
+
+def _text(path: Path) -> str:
+    """The absolute path, which must be text: file systems allow names that no encoding has."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{str(path)!a}: the name is not UTF-8; rename it") from None
+    if "::" in str(path.absolute()):
+        raise InputError(f"{path}: the library datasets reads '::' in a path as a chain of files; rename the folder")
+    return str(path.absolute())
+
+
+def _folders(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:
+    """The folders in it, in order; hidden ones are skipped, and the files in them counted."""
+    found = sorted(path for path in folder.iterdir() if path.is_dir())
+    if skipped is not None:
+        skipped["in hidden folders"] += sum(1 for path in found if _is_hidden(path) for _ in _files(path))
+        skipped += Counter()  # without zeros
+    return [path for path in found if not _is_hidden(path)]
+
+
+def _sorted_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files in and below it, in order."""
+    yield from _sorted_files(folder)
+    for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+        yield from _files(inside)
+
+
+def _count(path: Path, skipped: Counter[str]) -> bool:
+    """Whether it is an image; if not, count it by its ending."""
+    if not _is_image(path):
+        skipped["hidden" if _is_hidden(path) else path.suffix.lower() or "without an ending"] += 1
+        return False
+    return True
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith((".", "__MACOSX"))
+
+
+def _is_image(path: Path) -> bool:
+    if _is_hidden(path) or not path.is_file():
+        return False
+    return PILImage.registered_extensions().get(path.suffix.lower()) in PILImage.OPEN

@@ -1,0 +1,219 @@
+"""Texts, class labels and scores from the columns of a table: names are compared exactly before anything else."""
+
+import logging
+import math
+import numbers
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from .config import InputError
+from .tables import Table
+
+logger = logging.getLogger(__name__)
+
+UNLABELLED = -1
+WHOLE = re.compile(r"0|[1-9][0-9]*")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def infer_classes(table: Table, column: str) -> list[str] | None:
+    """Class names from the values of a label column, or None where they are scores.
+
+    Whole numbers from 0 on are classes, named by themselves and in their order; numbers with fractions (or stored as
+    such) are scores; other texts are class names, in alphabetical order. No class is invented for a number that does
+    not occur, and two names that differ only by case are two classes.
+
+    Raises:
+        InputError: the column is missing, or holds gaps, several kinds of values, names that differ only by blanks, or
+            only one class.
+    """
+    table.require([column])
+    values = list(table.columns[column])
+    kinds = [_kind(value) for value in values]
+    if "number" in kinds:
+        if "text" in kinds:
+            named = [None if found == "text" else found for found in kinds]
+            raise InputError(
+                _unexpected(table, column, values, named, "numbers only, as in other rows, or names only")
+            )
+        return None  # whether all of them are numbers, `scores` says
+    if {"text", "digits"} & set(kinds) and all(isinstance(value, str) for value in values):
+        kinds = ["text" if found in ("whole", "digits") else found for found in kinds]
+    kind = next((found for found in kinds if found in ("whole", "text", "truth")), None)
+    named = [found if found == kind else None for found in kinds]
+    if None in named:
+        raise InputError(_unexpected(table, column, values, named, "class names, or whole numbers from 0 on"))
+    if kind == "whole":
+        names = [str(number) for number in sorted({int(value) for value in values})]
+    elif kind == "truth":
+        names = sorted({str(value) for value in values})
+    else:
+        names = _text_classes(table, column, values)
+    if len(names) < 2:
+        raise InputError(f"{table.name}: column {column!r} holds only one class, {values[0]!r}")
+    return names
+
+
+def _text_classes(table: Table, column: str, values: list[str]) -> list[str]:
+    names = sorted({value.strip() for value in values})
+    spellings = Counter(value.strip() for value in set(values))
+    if (name := next((name for name in names if spellings[name] > 1), None)) is not None:
+        variants = sorted(value for value in set(values) if value.strip() == name)
+        raise InputError(
+            f"{table.name}: column {column!r} holds {' and '.join(map(repr, variants))}, which differ only by blanks; "
+            "write a class in one way"
+        )
+    same = [name for name, count in Counter(map(_key, names)).items() if count > 1]
+    if same:
+        variants = [name for name in names if _key(name) == same[0]]
+        logger.warning(
+            f"{table.name}: column {column!r}: {' and '.join(map(repr, variants))} are different classes, though "
+            "only their case differs"
+        )
+    return names
+
+
+def _kind(value: Any) -> str:
+    if (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, float) and value != value)
+    ):
+        return "gap"
+    if isinstance(value, bool):
+        return "truth"
+    if isinstance(value, str):
+        text = value.strip()
+        if WHOLE.fullmatch(text):
+            return "whole"
+        if text == str(UNLABELLED):
+            return "unlabelled"
+        if not NUMBER.fullmatch(text):
+            return "text"
+        return "number" if set(text) & set(".eE") else "digits"  # such as 01 and -2
+    if isinstance(value, numbers.Integral):
+        return "whole" if value >= 0 else "unlabelled" if value == UNLABELLED else "other"
+    return "number" if isinstance(value, numbers.Real) else "other"
+
+
+def texts(table: Table, column: str) -> list[str]:
+    """The text column ``column``; InputError if something in it is not text."""
+    for row, value in enumerate(table.columns[column]):
+        if not isinstance(value, str):
+            raise InputError(f"{table.name}: column {column!r} holds {value!r} in row {row}, text is needed")
+    return list(table.columns[column])
+
+
+def holds_numbers(values: Sequence[Any]) -> bool:
+    """Whether every value is a number or text that reads as one: not a column of texts."""
+    return all(_number(value) is not None for value in values)
+
+
+def class_labels(table: Table, column: str, names: Sequence[str], *, optional: bool = False) -> list[int] | None:
+    """The class indices in ``column``, written there as class names or as whole numbers.
+
+    A name is looked up exactly, then without regard to case and blanks around it where only one class is meant. A
+    whole number is an index, or where the classes are named by numbers, a name.
+
+    Args:
+        table: the split.
+        column: its label column.
+        names: class names by index.
+        optional: for examples to predict: without the column, or with nothing but -1 and gaps in it, return None.
+
+    Raises:
+        InputError: a value is something else, names file, column, row, value and what is allowed.
+    """
+    values = list(table.columns.get(column, ()))
+    lookup = _Lookup(names)
+    stored = table.class_names.get(column, [])
+    known = [lookup.by_name(name) for name in stored]
+    if any(index is not None for index in known) and None in known:
+        raise InputError(
+            f"{table.name}: column {column!r} has the class {stored[known.index(None)]!r}; allowed: {', '.join(names)}"
+        )
+    if stored and None not in known:
+        values = [stored[value] if isinstance(value, int) and 0 <= value < len(stored) else value for value in values]
+    if optional and all(_is_gap(value) for value in values):
+        return None
+    indices = [lookup(value) for value in values]
+    if None in indices:
+        allowed = f"0 to {len(names) - 1} or " if not lookup.numbered else ""
+        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise InputError(_unexpected(table, column, values, indices, allowed + shown))
+    return indices
+
+
+class _Lookup:
+    """Class names -> indices, without ever taking one class for another."""
+
+    def __init__(self, names: Sequence[str]):
+        self.exact = {name: index for index, name in enumerate(names)}
+        keys = Counter(map(_key, names))
+        self.loose = {_key(name): index for index, name in enumerate(names) if keys[_key(name)] == 1}
+        self.numbered = all(WHOLE.fullmatch(name) for name in names)
+        self.count = len(names)
+
+    def by_name(self, text: str) -> int | None:
+        for table, key in ((self.exact, text), (self.exact, text.strip()), (self.loose, _key(text))):
+            if key in table:
+                return table[key]
+        return None
+
+    def __call__(self, value: Any) -> int | None:
+        """The index, or None."""
+        if isinstance(value, bool):
+            return self.by_name(str(value))
+        if isinstance(value, str) and (index := self.by_name(value)) is not None:
+            return index
+        number = int(value) if isinstance(value, numbers.Integral) else _number(value)
+        if number is None or number != number // 1:
+            return None
+        if self.numbered:
+            return self.exact.get(str(int(number)))
+        return int(number) if 0 <= number < self.count else None
+
+
+def scores(table: Table, column: str, low: float, high: float, *, optional: bool = False) -> list[float] | None:
+    """The real numbers in ``column``, between ``low`` and ``high``; the rest as in :func:`class_labels`."""
+    values = list(table.columns.get(column, ()))
+    if optional and all(_is_gap(value) for value in values):
+        return None
+    parsed = [_number(value) for value in values]
+    parsed = [value if value is not None and low <= value <= high else None for value in parsed]
+    if None in parsed:
+        allowed = "numbers" if math.isinf(high) else f"numbers from {low:g} to {high:g}"
+        raise InputError(_unexpected(table, column, values, parsed, allowed))
+    return parsed
+
+
+def _unexpected(table: Table, column: str, values: list, parsed: list, allowed: str) -> str:
+    bad = [row for row, value in enumerate(parsed) if value is None]
+    more = f" ({len(bad)} rows hold such values)" if len(bad) > 1 else ""
+    return (
+        f"{table.name}: column {column!r} holds the unexpected value {values[bad[0]]!r} in row {bad[0]}{more}; "
+        f"allowed: {allowed}"
+    )
+
+
+def _key(name: str) -> str:
+    return str(name).strip().lower()
+
+
+def _is_gap(value: Any) -> bool:
+    return _kind(value) in ("gap", "unlabelled") or _number(value) == UNLABELLED
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or text that reads as one; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | str):
+        return None
+    if isinstance(value, str) and not NUMBER.fullmatch(value.strip()):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
