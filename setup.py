@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -49,10 +50,15 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", platform
 
 
+KERNEL_SOURCES = ["hf_dualadam/kernels/dual_update.c", "hf_dualadam/kernels/formula.h"]
+SOURCES_CHECKSUM = zlib.crc32(b"".join((HERE / path).read_bytes() for path in KERNEL_SOURCES))
+
 KERNEL = Extension(
     "hf_dualadam.kernels._dual_update",
-    ["hf_dualadam/kernels/dual_update.c"],
-    depends=["hf_dualadam/kernels/formula.h"],
+    KERNEL_SOURCES[:1],
+    depends=KERNEL_SOURCES[1:],
+    # With it kernels/cpu.py recognizes a kernel that was built from other sources.
+    define_macros=[("SOURCES_CHECKSUM", f"{SOURCES_CHECKSUM}u")],
     # The step scalars and the schedule's edge are compared with Python's, so no contraction into fused operations.
     extra_compile_args=["-std=c11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
     extra_link_args=["-Wl,-s"] if sys.platform.startswith("linux") else [],

@@ -7,6 +7,7 @@ import functools
 import logging
 import operator
 import os
+import zlib
 from array import array
 from pathlib import Path
 from typing import Any
@@ -47,21 +48,36 @@ def load():
     """
     path = Path(__file__).with_name("_dual_update.so")
     try:
-        function = ctypes.CDLL(str(path)).dual_update
+        library = ctypes.CDLL(str(path))
+        reason = None if _is_current(library) else "was built from other sources than those beside it"
     except OSError as error:
         reason = f"cannot be loaded ({error})" if path.exists() else "was not built"
+    if reason is not None:
         logger.warning("The CPU kernel of hf_dualadam %s, so steps take about 7 times longer: %s.", reason, _REMEDY)
         return None
+    function = library.dual_update
     function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
     # torch has loaded its OpenMP runtime for all to see: asking for the name shares it, whichever it is.
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     return function, parallel and ctypes.cast(parallel, ctypes.c_void_p)
 
 
+def _is_current(library: ctypes.CDLL) -> bool:
+    """Whether a kernel was built from the sources beside it.
+
+    In a checkout it may be older, and would take the arguments for others.
+    """
+    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("dual_update.c", "formula.h"))
+    try:
+        return ctypes.c_uint32.in_dll(library, "dual_update_sources").value == zlib.crc32(sources)
+    except ValueError:  # a kernel from before the checksum
+        return False
+
+
 def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
     """Say why the kernel cannot update ``param`` with the options of ``group``, or None if it can."""
     if load() is None:
-        return f"the CPU kernel was not built; {_REMEDY}."
+        return f"the CPU kernel was not built for this version; {_REMEDY}."
     if not any(param.dtype == dtypes[0] for dtypes in _DTYPES):
         return f"the CPU kernel does not know {param.dtype}."
     if group["capturable"]:

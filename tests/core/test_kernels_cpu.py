@@ -265,6 +265,22 @@ def test_the_kernel_brings_no_openmp_runtime_of_its_own(tmp_path):
     assert before and runtimes() == before
 
 
+def test_a_kernel_built_from_other_sources_is_not_used(monkeypatch, caplog):
+    assert cpu.load() is not None
+    monkeypatch.setattr(cpu.zlib, "crc32", lambda data: 1)
+    cpu.load.cache_clear()
+    try:
+        param = torch.nn.Parameter(torch.ones(3))
+        with pytest.raises(ValueError, match="was not built for this version; install a C compiler"):
+            DualAdam([param], fused=True)
+        assert "was built from other sources than those beside it" in caplog.text
+        param.grad = torch.ones(3)
+        DualAdam([param]).step()
+        assert not torch.equal(param, torch.ones(3))
+    finally:
+        cpu.load.cache_clear()
+
+
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages")
 def test_large_states_ask_for_large_pages():
     param = torch.nn.Parameter(torch.ones(2**11, 2**12).t())
