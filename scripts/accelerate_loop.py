@@ -47,7 +47,7 @@ def main(argv=None):
 
     train, test = accelerator.prepare(train, test)  # first: it decides how many batches a process sees
     steps = args.epochs * -(-len(train) // args.gradient_accumulation_steps)
-    switch_rate = min(1.0, 10 / steps)  # the inverse phase is the first tenth of the steps
+    switch_rate = min(1.0, 1 / (0.16 * steps))  # the inverse phase is the first 16 % of the steps
     optimizer = DualAdam(model.parameters(), lr=args.lr, weight_decay=0.01, switch_rate=switch_rate)
     model, optimizer = accelerator.prepare(model, optimizer)
 

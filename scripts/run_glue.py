@@ -3,9 +3,9 @@
     python scripts/run_glue.py configs/glue/sst2.yaml --learning_rate 5e-5 --optim adamw_torch
     python scripts/run_glue.py --task_name sst2 --data_dir path/to/sst2 --output_dir outputs/sst2
 
-The YAML file is optional; its keys are the options below, and options given after it win. Without a model,
-embedded/minilm (extra [quickstart]) is fine-tuned; without do_train, do_eval and do_predict, training and evaluation
-are done; optim defaults to dualadam with an inverse phase of a tenth of the steps.
+The YAML file is optional; its keys are the options below, and options on the command line override it. The default
+model is embedded/minilm (extra [quickstart]). Without do_train, do_eval and do_predict, the script trains and
+evaluates; optim defaults to dualadam with switch_fraction=0.16.
 """
 
 from hf_dualadam.extras import require_or_exit

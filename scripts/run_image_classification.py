@@ -3,9 +3,9 @@
     python scripts/run_image_classification.py configs/vision/vit_small_cifar10.yaml --optim adamw_torch
     python scripts/run_image_classification.py configs/quickstart/vision.yaml --output_dir outputs/vision
 
-The YAML file is optional; its keys are the options below, and options given after it win. Without do_train, do_eval
-and do_predict, training and evaluation are done; optim defaults to dualadam with an inverse phase of a tenth of the
-steps. Pillow is enough: torchvision is never needed.
+The YAML file is optional; its keys are the options below, and options on the command line override it. Without
+do_train, do_eval and do_predict, the script trains and evaluates; optim defaults to dualadam with
+switch_fraction=0.16. Images are read with Pillow; torchvision is not needed.
 """
 
 from hf_dualadam.extras import require_or_exit

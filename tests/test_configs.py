@@ -96,7 +96,7 @@ def test_command_line_wins_over_the_file(tmp_path):
 
 def test_defaults_are_dualadam_training_and_evaluation():
     _, args = parse((Options, TrainingArguments), [])
-    assert (args.optim, args.optim_args) == ("dualadam", "switch_fraction=0.1")
+    assert (args.optim, args.optim_args) == ("dualadam", "switch_fraction=0.16")
     assert args.do_train and args.do_eval and not args.do_predict
     _, args = parse((Options, TrainingArguments), ["--do_eval", "--optim", "sgd"])
     assert args.do_eval and not args.do_train and args.optim_args is None
