@@ -24,11 +24,13 @@ from .states import (
     HALF_DTYPES,
     MOMENT_FORMATS,
     ExactMoments,
+    MomentFormat,
     State,
     exact_dtype,
     format_for,
     format_of,
     new_correction,
+    new_moment,
     read_weight,
     write_weight_,
 )
@@ -43,6 +45,7 @@ ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
 # What step_scalars takes besides lr.
 _SCALAR_OPTIONS = "betas eps weight_decay switch_rate inverse_scale normalize_inverse maximize".split()
 MAX_COUNT = 2**24  # float32 step counts stop here
+MAX_COPIED = 2**22  # elements of which the foreach path holds float32 copies at a time
 
 
 class MomentOptimizer(Optimizer):
@@ -116,11 +119,11 @@ class MomentOptimizer(Optimizer):
         }
         self._check_options(defaults)
         super().__init__(params, defaults)
-        half = any(param.dtype in HALF_DTYPES for group in self.param_groups for param in group["params"])
-        if master_weight_bits is not None and not half:
+        wide = [group for group in self.param_groups if group["master_weight_bits"] is not None]
+        if wide and not any(param.dtype in HALF_DTYPES for group in wide for param in group["params"]):
             raise ValueError(
-                f"Invalid master_weight_bits: {master_weight_bits} with no float16 or bfloat16 parameter - should be "
-                "None: float32 parameters are weights of 32 bits already."
+                f"Invalid master_weight_bits: {wide[0]['master_weight_bits']} with no float16 or bfloat16 parameter - "
+                "should be None: float32 parameters are weights of 32 bits already."
             )
 
     @classmethod
@@ -215,27 +218,24 @@ class MomentOptimizer(Optimizer):
             if fresh or not _is_count(state["step"], device):
                 count = torch.as_tensor(state.get("step", 0), dtype=torch.float32, device=device)
                 state["step"] = count.detach().reshape(()).clone()
-            wanted = format_for(param, group["state_bits"])
+            bits = group["master_weight_bits"] if param.dtype in HALF_DTYPES else None
+            wanted, dtype = format_for(param, group["state_bits"]), exact_dtype(param, bits)
             for name in self.moments_of_state:
                 if fresh or name not in state:
-                    state.update(wanted.zeros(param, name))
+                    state.update(new_moment(wanted, param, name, dtype))
                 elif state[name].shape != param.shape:
                     raise RuntimeError(
                         f"The state's {name} has shape {tuple(state[name].shape)}, its parameter {tuple(param.shape)}."
                     )
-                elif format_of(state, name) is not wanted:
-                    note = _convert_moment(param, state, name, group["state_bits"])
-                    notes += [note] if note else []
-                elif isinstance(wanted, ExactMoments) and _is_narrower(state[name], exact_dtype(param)):
-                    state[name] = state[name].to(exact_dtype(param))
-            bits = group["master_weight_bits"] if param.dtype in HALF_DTYPES else None
+                elif not wanted.recognizes(state, name):
+                    notes.append(_convert_moment(param, state, name, wanted, dtype))
+                elif isinstance(wanted, ExactMoments) and _is_narrower(state[name], dtype):
+                    state[name] = state[name].to(dtype)
             correction = state.get("weight_correction")
-            if correction is not None and (bits is None or correction.dtype != CORRECTION_DTYPES[bits]):
-                del state["weight_correction"]
-                notes.append("corrections of 16-bit weights that do not fit master_weight_bits are dropped")
-                correction = None
             if correction is None and bits is not None:
                 state["weight_correction"] = new_correction(param, bits)
+            elif correction is not None and (bits is None or correction.dtype != CORRECTION_DTYPES[bits]):
+                notes.append(_convert_correction(param, state, bits))
         return notes
 
     # ---- one step ----
@@ -285,14 +285,16 @@ class MomentOptimizer(Optimizer):
         torch._foreach_add_([state["step"] for *_, state in items], 1)
         foreach = self.rule.foreach is not None and group["foreach"] is not False
         for batch, scalars in _batches(group, items, foreach):
-            working = [self._read(item) for item in batch]
             if foreach and self.rule.foreach is not None:
+                working = [self._read(item) for item in batch]
                 self.rule.foreach(*map(list, zip(*working)), scalars)
+                for item, tensors in zip(batch, working):
+                    self._write(item, tensors)
             else:
-                for tensors in working:
+                for item in batch:
+                    tensors = self._read(item)
                     self.rule.single(*tensors, scalars)
-            for item, tensors in zip(batch, working):
-                self._write(item, tensors)
+                    self._write(item, tensors)
 
     def _read(self, item: Item) -> list[Tensor]:
         """(param, grad, *moments) as the formula takes them: of one dtype, float32 or wider."""
@@ -382,11 +384,18 @@ class MomentOptimizer(Optimizer):
                     f"Invalid state_dict: the state of parameter {saved_id!r} has {sorted(state)} and lacks "
                     f"{', '.join(missing)} - should come from {type(self).__name__}, Adam or AdamW."
                 )
+            expected = {"weight_correction": param.shape} if "weight_correction" in state else {}
             for name in self.moments_of_state:
-                if state[name].shape != param.shape:
+                layout = format_of(state, name).layout(param, name, param.dtype)
+                expected.update({key: shape for key, (shape, _) in layout.items()})
+            for key, shape in expected.items():
+                found = tuple(state[key].shape) if key in state else None
+                if found != tuple(shape):
                     raise ValueError(
-                        f"Invalid state_dict: {name} of parameter {saved_id!r} has shape {tuple(state[name].shape)} - "
-                        f"should be {tuple(param.shape)}, the parameter's."
+                        f"Invalid state_dict: {key} of parameter {saved_id!r} "
+                        + (f"has shape {found}" if found is not None else "is missing")
+                        + f" - should be {tuple(shape)}"
+                        + (", the parameter's." if shape == param.shape else ".")
                     )
 
     def _restore(self, loaded: dict[str, Any], before: list[Group]) -> list[str]:
@@ -460,18 +469,27 @@ def _is_narrower(moment: Tensor, dtype: torch.dtype) -> bool:
     return moment.dtype != dtype and torch.promote_types(moment.dtype, dtype) != moment.dtype
 
 
-def _convert_moment(param: Tensor, state: State, name: str, state_bits: int) -> str | None:
-    """Store a moment in the format of ``state_bits``; say so if bits are lost."""
-    wanted, stored = format_for(param, state_bits), format_of(state, name)
+def _convert_moment(param: Tensor, state: State, name: str, wanted: MomentFormat, dtype: torch.dtype) -> str:
+    """Store a moment in another format; say what that does."""
+    stored = format_of(state, name)
     moment = stored.decode(state, name)
-    entries = [key for key in stored.zeros(param, name) if key != name]
-    for key in entries:
-        state.pop(key, None)
-    state.update(wanted.zeros(param, name))
+    for key in stored.layout(param, name, dtype):
+        del state[key]
+    state.update(new_moment(wanted, param, name, dtype))
     wanted.encode_(state, name, moment)
     if isinstance(wanted, ExactMoments):
         return "moments of fewer bits are decoded to 32 bits"
-    return f"moments are rounded to {state_bits} bits"
+    return "moments are rounded to the fewer bits of state_bits"
+
+
+def _convert_correction(param: Tensor, state: State, bits: int | None) -> str:
+    """Keep a weight with ``bits`` bits, or None for the parameter alone; say what that does."""
+    old = state.pop("weight_correction")
+    if bits is None:
+        return "the corrections of 16-bit weights are dropped, since master_weight_bits is None"
+    state["weight_correction"] = new_correction(param, bits)
+    write_weight_(param, state["weight_correction"], read_weight(param, old), state["step"])
+    return f"16-bit weights and their corrections are brought to {bits} bits"
 
 
 def _batches(group: Group, items: list[Item], foreach: bool) -> Iterator[tuple[list[Item], StepScalars]]:
@@ -492,14 +510,33 @@ def _batches(group: Group, items: list[Item], foreach: bool) -> Iterator[tuple[l
         moments = (state[name].dtype for name in state if name.startswith("exp_avg"))
         step = state["step"].item() if on_host else None
         batches[(step, mesh, param.device, param.dtype, grad.dtype, *moments)].append(item)
-    for (step, *_), batch in batches.items():
-        if on_host:
-            yield batch, step_scalars(step, **options)
-        elif foreach:
-            yield batch, _transpose([step_scalars(state["step"], **options) for *_, state in batch])
-        else:
-            for item in batch:
-                yield [item], step_scalars(item[2]["step"], **options)
+    for (step, *_), whole in batches.items():
+        for batch in _slices(whole):
+            if on_host:
+                yield batch, step_scalars(step, **options)
+            elif foreach:
+                yield batch, _transpose([step_scalars(state["step"], **options) for *_, state in batch])
+            else:
+                for item in batch:
+                    yield [item], step_scalars(item[2]["step"], **options)
+
+
+def _slices(items: list[Item]) -> Iterator[list[Item]]:
+    """Cut a batch that is worked on in float32 copies, so that they take little memory at a time."""
+    param, _, state = items[0]
+    moments = [state[name].dtype for name in state if name.startswith("exp_avg")]
+    if all(dtype == param.dtype for dtype in moments) and param.dtype not in HALF_DTYPES:
+        yield items
+        return
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        if batch and size + item[0].numel() > MAX_COPIED:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += item[0].numel()
+    yield batch
 
 
 def _transpose(scalars: list[StepScalars]) -> StepScalars:
@@ -582,7 +619,8 @@ def check_flag(options: Group, *names: str, optional: bool = False) -> None:
 
 
 def check_choice(options: Group, name: str, allowed: Iterable[Any]) -> None:
-    """Check that ``options[name]`` is one of ``allowed``."""
+    """Make ``options[name]`` the one of ``allowed`` that it equals."""
     value, choices = options[name], list(allowed)
     if isinstance(value, bool) or value not in choices:
         raise ValueError(f"Invalid {name}: {value!r} - should be {' or '.join(map(str, choices))}.")
+    options[name] = choices[choices.index(value)]  # 8.0 and numpy's integers are 8

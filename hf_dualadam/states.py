@@ -7,23 +7,30 @@ sees decoded moments only. The kernels read and write the same formats in one pa
 split along the first dimension cuts codes and scales where it cuts the parameter.
 
 - ``exp_avg`` (signed): code q in -127..127 stands for sign(q) * (q / 127)^2 * scale, where ``exp_avg_scale`` is the
-  block's largest magnitude. Rounded to nearest.
+  block's largest magnitude. Magnitudes below code 1 become 0 and those from code 16 on are rounded to nearest. Between
+  the two, where 0.9 * m is less than half a code away from m, rounding to nearest would keep m from decaying.
 - ``exp_avg_sq`` (>= 0): code 0 is exactly 0; 1..255 are even steps of the float32 bit pattern, a piecewise linear
   logarithm, between ``exp_avg_sq_min`` and ``exp_avg_sq_max``, the block's smallest positive and largest value; the
   smallest is at most 40 octaves below the largest. So v has the same relative error at both ends of its range, as the
-  formula needs, which divides by its root and multiplies by it. Rounding is stochastic, since 0.999 * v is less than a
-  code away from v and rounding to nearest would drift.
+  formula needs, which divides by its root and multiplies by it. 0.999 * v is less than a code away from v, so rounding
+  to nearest would drift.
+
+A block with a moment that is infinite or NaN stays so: in ``exp_avg`` all its elements become NaN, in ``exp_avg_sq``
+all that are not 0.
 
 Weights (ours). With ``master_weight_bits``, the weight that is trained is the half-precision parameter plus
 ``weight_correction``, an integer of 8 or 16 bits per element. For bfloat16 it holds the next 8 or all 16 bits of the
-float32 weight's bit pattern; for float16, units of 2^-8 or 2^-16 of the parameter's unit in the last place.
+float32 weight's bit pattern; for float16, it counts 1/254 or 1/65534 of the parameter's unit in the last place, so
+that half a unit is a whole number and no weight lies between what two parameters can be corrected to.
 
-Random bits are a hash of the rounded number's bits and the step count, so they are the same on every process, on every
-path and after a resume.
+Where rounding to nearest would not do, :func:`dither` of the step is added before rounding down. Over the steps it
+takes all values in [0, 1) equally often, so rounding is unbiased as if it were stochastic, with less noise, and it is
+the same on every process, on every path and after a resume.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,16 +42,20 @@ from .memory import zeros_like
 BLOCK = 128  # elements that share a scale
 MIN_NUMEL, MIN_ROW = 4096, 64  # smaller tensors, and shorter rows, keep 32 bits
 OCTAVES = 40  # range of the codes of exp_avg_sq within a block
+DITHERED_CODES = 16  # codes of exp_avg below this are not rounded to nearest
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 _INFINITE_BITS, _MAX_INT = 0x7F800000, 0x7FFFFFFF
 
 State = dict[str, Any]
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shapes and dtypes by name
 
 
 class MomentFormat:
-    """How a moment is stored between steps; a subclass says what of a parameter's state belongs to it.
+    """How a moment is stored between steps: a subclass and its entry in :data:`MOMENT_FORMATS` make a new one.
 
-    Every method but :meth:`fits` takes a parameter's state and the name of the moment (``exp_avg``, ``exp_avg_sq``).
+    A moment is an entry of a parameter's state, called like the moment and shaped like the parameter, and any number
+    of others whose names begin with the moment's, such as scales. Where a parameter is distributed, so are all of
+    them, along the same dimensions, and decoding and encoding work on what this process has.
     """
 
     def fits(self, param: Tensor) -> bool:
@@ -52,11 +63,17 @@ class MomentFormat:
         raise NotImplementedError
 
     def recognizes(self, state: State, name: str) -> bool:
-        """Whether the moment in ``state`` is stored like this."""
+        """Whether the moment ``name`` in ``state`` is stored like this."""
         raise NotImplementedError
 
-    def zeros(self, param: Tensor, name: str) -> State:
-        """The entries of a new state."""
+    def layout(self, param: Tensor, name: str, dtype: torch.dtype) -> Layout:
+        """The state's entries for the moment ``name``, which starts as zeros.
+
+        Args:
+            param: the parameter.
+            name: ``exp_avg`` or ``exp_avg_sq``.
+            dtype: of the moment if it were kept as it is, see :func:`exact_dtype`.
+        """
         raise NotImplementedError
 
     def decode(self, state: State, name: str) -> Tensor:
@@ -69,7 +86,7 @@ class MomentFormat:
 
 
 class ExactMoments(MomentFormat):
-    """Floating-point moments: of the parameter's dtype, or float32 for float16, whose squares would underflow."""
+    """Floating-point moments, see :func:`exact_dtype`."""
 
     def fits(self, param: Tensor) -> bool:
         """Any parameter."""
@@ -79,13 +96,14 @@ class ExactMoments(MomentFormat):
         """Any floating-point tensor."""
         return bool(state[name].is_floating_point())
 
-    def zeros(self, param: Tensor, name: str) -> State:
+    def layout(self, param: Tensor, name: str, dtype: torch.dtype) -> Layout:
         """One tensor like ``param``."""
-        return {name: zeros_like(param, exact_dtype(param))}
+        return {name: (tuple(param.shape), dtype)}
 
     def decode(self, state: State, name: str) -> Tensor:
         """The tensor itself."""
-        return state[name]
+        moment: Tensor = state[name]
+        return moment
 
     def encode_(self, state: State, name: str, moment: Tensor) -> None:
         """Round to the stored dtype."""
@@ -100,7 +118,7 @@ class EightBitMoments(MomentFormat):
         """Large enough, in rows that are worth their scales, and if distributed, split along the first dimension."""
         if param.dtype not in (torch.float32, *HALF_DTYPES) or param.dim() < 2 or param.numel() < MIN_NUMEL:
             return False
-        if any(placement.is_shard() and placement.dim != 0 for placement in getattr(param, "placements", ())):
+        if any(getattr(placement, "dim", 0) != 0 for placement in getattr(param, "placements", ())):
             return False
         return param.numel() // param.shape[0] >= MIN_ROW
 
@@ -108,18 +126,14 @@ class EightBitMoments(MomentFormat):
         """8-bit integers."""
         return state[name].dtype in (torch.int8, torch.uint8)
 
-    def zeros(self, param: Tensor, name: str) -> State:
-        """Codes like ``param`` but contiguous, and their scales of shape (rows, blocks)."""
+    def layout(self, param: Tensor, name: str, dtype: torch.dtype) -> Layout:
+        """Codes like ``param``, and their scales of shape (rows, blocks)."""
         rows = param.shape[0]
-        blocks = -(-(param.numel() // rows) // BLOCK)
-        dtype, scales = (torch.int8, ["scale"]) if name == "exp_avg" else (torch.uint8, ["min", "max"])
-        local = local_tensor(param)
-        codes = zeros_like(local.contiguous(), dtype)
-        entries = {name: _distributed_like(param, codes, param.shape)}
-        for scale in scales:
-            values = torch.zeros(local.shape[0], blocks, dtype=torch.float32, device=local.device)
-            entries[f"{name}_{scale}"] = _distributed_like(param, values, torch.Size((rows, blocks)))
-        return entries
+        scales = (rows, -(-(param.numel() // max(1, rows)) // BLOCK))
+        if name == "exp_avg":
+            return {name: (tuple(param.shape), torch.int8), "exp_avg_scale": (scales, torch.float32)}
+        ends = {f"{name}_{end}": (scales, torch.float32) for end in ("min", "max")}
+        return {name: (tuple(param.shape), torch.uint8), **ends}
 
     def decode(self, state: State, name: str) -> Tensor:
         """The moment in float32."""
@@ -137,7 +151,7 @@ class EightBitMoments(MomentFormat):
         local = local_tensor(moment).float()
         blocks = _to_blocks(local)
         if name == "exp_avg":
-            codes, *scales = _encode_signed(blocks)
+            codes, *scales = _encode_signed(blocks, state["step"])
             names = ["scale"]
         else:
             codes, *scales = _encode_positive(blocks, state["step"])
@@ -157,29 +171,43 @@ def format_for(param: Tensor, state_bits: int) -> MomentFormat:
 
 
 def format_of(state: State, name: str) -> MomentFormat:
-    """The format in which a moment is stored.
+    """The format in which a moment is stored: the one of fewest bits that recognizes it.
 
     Raises:
         ValueError: none of ours.
     """
-    for moment_format in MOMENT_FORMATS.values():
+    for _, moment_format in sorted(MOMENT_FORMATS.items()):
         if moment_format.recognizes(state, name):
             return moment_format
     raise ValueError(f"Invalid state: {name} has {state[name].dtype} - should be a floating-point or 8-bit moment.")
 
 
-def exact_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's moments with ``state_bits=32``."""
-    return torch.float32 if param.dtype == torch.float16 else param.dtype
+def exact_dtype(param: Tensor, master_weight_bits: int | None = None) -> torch.dtype:
+    """The dtype of a parameter's moments with ``state_bits=32``.
+
+    The parameter's, but float32 for float16, whose squares would underflow, and beside a weight of 24 or 32 bits.
+    """
+    wide = param.dtype == torch.float16 or (master_weight_bits is not None and param.dtype in HALF_DTYPES)
+    return torch.float32 if wide else param.dtype
+
+
+def new_moment(moment_format: MomentFormat, param: Tensor, name: str, dtype: torch.dtype) -> State:
+    """The entries of a moment that is zero; ``dtype`` is that of :func:`exact_dtype`."""
+    layout = moment_format.layout(param, name, dtype)
+    return {key: _zeros(param, shape, entry_dtype) for key, (shape, entry_dtype) in layout.items()}
 
 
 # ---- codes of 8-bit moments; x has shape (rows, blocks, 128), scales (rows, blocks) ----
 
 
-def _encode_signed(x: Tensor) -> tuple[Tensor, Tensor]:
+def _encode_signed(x: Tensor, step: Any) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(-1)
-    magnitude = (x.abs() / scale.unsqueeze(-1)).nan_to_num_(0.0, 0.0).sqrt_().mul_(127).round_()
-    return magnitude.copysign_(x).to(torch.int8), scale
+    usable = (scale > 0) & (scale < math.inf)
+    codes_per_root = torch.where(usable, 127 / scale.sqrt(), 0.0).unsqueeze(-1)
+    position = torch.where(usable.unsqueeze(-1), x, 0.0).abs().sqrt_().mul_(codes_per_root)
+    rounded = torch.where(position < DITHERED_CODES, position + dither(step, x.device), position + 0.5).floor_()
+    codes = torch.where(position < 1, 0.0, rounded)
+    return codes.copysign_(x).to(torch.int8), scale
 
 
 def _decode_signed(codes: Tensor, scale: Tensor) -> Tensor:
@@ -187,13 +215,15 @@ def _decode_signed(codes: Tensor, scale: Tensor) -> Tensor:
     return q * q.abs() * (scale * (1 / 127**2)).unsqueeze(-1)
 
 
-def _encode_positive(x: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_positive(x: Tensor, step: Any) -> tuple[Tensor, Tensor, Tensor]:
     bits = x.view(torch.int32) & _MAX_INT  # a NaN may have a sign
     high = bits.amax(-1)
     low = torch.where(bits > 0, bits, _MAX_INT).amin(-1)
     low = torch.minimum(torch.maximum(low, high - OCTAVES * 2**23), high)
-    position = (bits - low.unsqueeze(-1)).float() / _code_width(low, high) + _dither(bits, step)
-    codes = torch.where(bits > 0, position.floor_().clamp_(0, 254).add_(1), 0.0)
+    low = torch.where(high < _INFINITE_BITS, low, high)
+    above = (bits - low.unsqueeze(-1)).clamp_min_(0).float()
+    position = above * (1 / _code_width(low, high).float()) + dither(step, x.device)
+    codes = torch.where(bits > 0, position.floor_().clamp_(max=254).add_(1), 0.0)
     return codes.to(torch.uint8), low.view(torch.float32), high.view(torch.float32)
 
 
@@ -208,29 +238,28 @@ def _code_width(low: Tensor, high: Tensor) -> Tensor:
     return ((high - low) // 254 + 1).unsqueeze(-1)
 
 
-def hash_bits(bits: Tensor, step: Any) -> Tensor:
-    """32 pseudo-random bits for each int32 of ``bits``, as int64: two rounds of multiplication and shift."""
-    seed = (torch.as_tensor(step).long().to(bits.device) * 0x9E3779B1) & _MAX_INT
-    mixed = ((bits.long() ^ seed) * 0x9E3779B1) & 0xFFFFFFFF
-    return ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+def dither_bits(step: Any, device: torch.device) -> Tensor:
+    """32 bits for a step, as a 0-dim int64: its multiple of 2^32 divided by the golden ratio.
+
+    Of all sequences of multiples, this one is spread most evenly over any stretch of steps.
+    """
+    return (torch.as_tensor(step).to(device).long() * 0x9E3779B1) & 0xFFFFFFFF
 
 
-def _dither(bits: Tensor, step: Any) -> Tensor:
-    """Uniform numbers in [0, 1) from the upper 24 bits of the hash."""
-    return (hash_bits(bits, step) >> 8).float() * 2.0**-24
+def dither(step: Any, device: torch.device) -> Tensor:
+    """A number in [0, 1) for a step, as a 0-dim float32: the upper 24 of :func:`dither_bits`."""
+    return (dither_bits(step, device) >> 8).float() * 2.0**-24
 
 
 def _to_blocks(x: Tensor) -> Tensor:
     """Rows cut into blocks and padded with zeros: shape (rows, blocks, 128)."""
-    rows = x.reshape(x.shape[0], -1) if x.shape[0] else x.reshape(0, x[:0].flatten(1).shape[1])
-    padding = -rows.shape[1] % BLOCK
-    return torch.nn.functional.pad(rows, (0, padding)).view(x.shape[0], -1, BLOCK)
+    rows = x.reshape(x.shape[0], x.shape[1:].numel())
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK)).view(x.shape[0], -1, BLOCK)
 
 
 def _from_blocks(blocks: Tensor, like: Tensor) -> Tensor:
     """Undo :func:`_to_blocks`; ``like`` gives the shape."""
-    row = like[0].numel() if like.shape[0] else 0
-    return blocks.flatten(1)[:, :row].reshape(like.shape)
+    return blocks.flatten(1)[:, : like.shape[1:].numel()].reshape(like.shape)
 
 
 # ---- 16-bit weights with a correction ----
@@ -247,39 +276,37 @@ def read_weight(param: Tensor, correction: Tensor) -> Tensor:
     """The float32 weight of a half-precision parameter and its correction."""
     local, c = local_tensor(param), local_tensor(correction).int()
     if param.dtype == torch.bfloat16:
-        bits = (local.contiguous().view(torch.int16).int() << 16) + (c << 8 if correction.dtype == torch.int8 else c)
-        weight = bits.view(torch.float32)
+        upper = local.contiguous().view(torch.int16).int() << 16
+        weight = (upper + c * 2 ** (16 - _bits(correction))).view(torch.float32)
     else:
-        weight = local.float() + c * (_unit(local) * 2.0 ** -_bits(correction))
+        weight = local.float() + c * _unit(local) * (1 / (2 ** _bits(correction) - 2))
     return _distributed_like(param, weight, param.shape)
 
 
 def write_weight_(param: Tensor, correction: Tensor, weight: Tensor, step: Any) -> None:
     """Split a float32 weight into the nearest half-precision number and the correction, in place.
 
-    With 8 bits of correction, the weight is rounded stochastically to what they can hold, so that updates smaller
+    With 8 bits of correction, the weight is first rounded to what they can hold, dithered, so that updates smaller
     than its unit count on average.
     """
     local, value = local_tensor(param), local_tensor(weight).contiguous()
-    bits = value.view(torch.int32)
     if param.dtype == torch.bfloat16:
-        if correction.dtype == torch.int8:
-            bits = torch.where(value.isfinite(), bits + (hash_bits(bits, step) & 0xFF).int(), bits) & ~0xFF
+        bits = value.view(torch.int32)
+        if _bits(correction) == 8:
+            offset = (dither_bits(step, bits.device) >> 24).int()
+            bits = torch.where(value.isfinite(), bits + offset, bits) & ~0xFF
         upper = torch.where(value.isnan(), bits, bits + 0x8000) >> 16
-        c = bits - (upper << 16)
-        c = c >> 8 if correction.dtype == torch.int8 else c
-        local.copy_(upper.to(torch.int16).view(torch.bfloat16).view_as(local))
+        local.copy_(upper.to(torch.int16).view(torch.bfloat16))
+        c = (bits - (upper << 16)) >> (16 - _bits(correction))
     else:
         local.copy_(value)
-        exact = (value - local.float()) / (_unit(local) * 2.0 ** -_bits(correction))
-        dither = _dither(bits, step) if correction.dtype == torch.int8 else 0.5
-        limit = 2 ** (_bits(correction) - 1)
-        c = (exact + dither).floor().nan_to_num(0.0).clamp(-limit, limit - 1)
+        position = (value - local.float()) / _unit(local) * (2 ** _bits(correction) - 2)
+        c = (position + (dither(step, value.device) if _bits(correction) == 8 else 0.5)).floor().nan_to_num(0.0)
     local_tensor(correction).copy_(c)
 
 
 def _bits(correction: Tensor) -> int:
-    return 8 if correction.dtype == torch.int8 else 16
+    return 8 * correction.element_size()
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -295,6 +322,15 @@ def local_tensor(x: Tensor) -> Tensor:
     """This process's shard of a DTensor, told by its method since its module is slow to import; else ``x`` itself."""
     to_local: Callable[[], Tensor] | None = getattr(x, "to_local", None)
     return x if to_local is None else to_local()
+
+
+def _zeros(param: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros distributed like ``param``, with its strides where they have its shape."""
+    if param.shape == shape:
+        return zeros_like(param, dtype)
+    local = local_tensor(param)
+    zeros = torch.zeros(local.shape[0], *shape[1:], dtype=dtype, device=local.device)
+    return _distributed_like(param, zeros, torch.Size(shape))
 
 
 def _distributed_like(param: Tensor, local: Tensor, shape: torch.Size) -> Tensor:
