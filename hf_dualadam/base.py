@@ -541,7 +541,7 @@ def _slices(items: list[Item]) -> Iterator[list[Item]]:
 
 def _transpose(scalars: list[StepScalars]) -> StepScalars:
     """One StepScalars of lists from a list of StepScalars; fields shared by all stay scalars."""
-    columns = [list(column) for column in zip(*scalars)]
+    columns: list[list[Any]] = [list(column) for column in zip(*scalars)]
     return StepScalars(*(column if isinstance(column[0], Tensor) else column[0] for column in columns))
 
 

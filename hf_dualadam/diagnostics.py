@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> Invers
                 continue
             step = float(state["step"])
             scalars = step_scalars(step, lr=lr, **options)
-            norms = component_norms(*optimizer.moments(param), scalars) / (1 - scalars.beta1**step)
+            exp_avg, exp_avg_sq = optimizer.moments(param)
+            norms = component_norms(exp_avg, exp_avg_sq, scalars) / (1 - scalars.beta1**step)
             size = torch.linalg.vector_norm(param.float())
             squares.append(torch.stack([*_whole(norms), lr * _whole(norms)[3], _whole(size)]).square())
             alphas.append((step, scalars.alpha))
@@ -80,6 +81,6 @@ def _whole(x: Tensor) -> Tensor:
 
 def _added_up(sums: list[float]) -> list[float]:
     """Sum over all processes, element by element; as objects, since offloaded tensors may not suit the backend."""
-    gathered: list = [None] * torch.distributed.get_world_size()
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, sums)
     return [sum(column) for column in zip(*gathered)]

@@ -183,7 +183,7 @@ def dual_update_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
 
 
 def foreach_dual_update_(
-    params: list[Tensor], grads: Sequence[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], s: StepScalars
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], s: StepScalars
 ) -> None:
     """Update many tensors in place: :func:`dual_update_` with ``torch._foreach_*``, line for line.
 
@@ -194,7 +194,7 @@ def foreach_dual_update_(
         exp_avg_sqs: v, one per parameter.
         s: the step's scalars, as floats or as lists with one 0-dim tensor per parameter.
     """
-    grads = grads if s.sign == 1 else torch._foreach_neg(grads)
+    grads = grads if s.sign == 1 else list(torch._foreach_neg(grads))
     torch._foreach_mul_(params, s.decay)  # theta <- theta * (1 - eta*lambda)
     torch._foreach_lerp_(exp_avgs, grads, 1 - s.beta1)  # m
     torch._foreach_mul_(exp_avg_sqs, s.beta2)
@@ -249,7 +249,7 @@ def weight_(x: Tensor, weight: Any) -> Tensor:
     return x.zero_() if weight == 0 else x.mul_(weight)
 
 
-def foreach_weight_(xs: list[Tensor], weight: Any) -> None:
+def foreach_weight_(xs: Tensors, weight: Any) -> None:
     """:func:`weight_` of many tensors, by one number or by one tensor each."""
     if isinstance(weight, list):
         for x, own_weight in zip(xs, weight):

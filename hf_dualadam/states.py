@@ -339,5 +339,7 @@ def _distributed_like(param: Tensor, local: Tensor, shape: torch.Size) -> Tensor
         return local
     from torch.distributed.tensor import DTensor
 
+    assert isinstance(param, DTensor)
+
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, param.device_mesh, param.placements, shape=shape, stride=stride)

@@ -34,7 +34,8 @@ def update(batches: Batches) -> Batches:
     """
     if torch.compiler.is_compiling():
         return batches
-    left, chosen = [], []
+    left: Batches = []
+    chosen: Batches = []
     for group, items in batches:
         allowed = group["fused"] or (group["fused"] is None and group["foreach"] is None)
         (chosen if allowed else left).append((group, items))

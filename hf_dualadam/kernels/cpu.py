@@ -39,7 +39,7 @@ _PROCESS = os.getpid()
 
 
 @functools.cache
-def load():
+def load() -> Any:
     """Load the compiled kernel.
 
     Returns:

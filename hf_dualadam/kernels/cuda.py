@@ -34,7 +34,7 @@ _used_by_graphs: list[Tensor] = []
 
 
 @functools.cache
-def load():
+def load() -> Any:
     """Import the Triton kernels; None where Triton is missing or too old, which is logged once."""
     try:
         import triton
@@ -121,7 +121,8 @@ def _launch(part: list[tuple[int, Operands]], groups: list[dict[str, Any]]) -> N
     device, capturable = param.device, groups[part[0][0]]["capturable"]
     chunks, first_chunks, norm_ratios = _chunks(tuple(tensors[0].numel() for _, tensors in part), device)
 
-    rows, scalar_rows, bits = array("q"), {}, 0
+    rows, bits = array("q"), 0
+    scalar_rows: dict[tuple[int, float], int] = {}
     for place, (index, tensors) in enumerate(part):
         addresses = [t.data_ptr() for t in tensors]
         bits |= addresses[0] | addresses[1] | addresses[2] | addresses[3]

@@ -57,7 +57,7 @@ def same_layout(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     return len(strides) == 1 and param.permute(by_stride).is_contiguous()
 
 
-def overlapping(addresses: array, sizes: array) -> frozenset[int]:
+def overlapping(addresses: array[int], sizes: array[int]) -> frozenset[int]:
     """Find the tensors that share memory with another one, which no two threads may update at once.
 
     Args:
