@@ -541,8 +541,9 @@ def _slices(items: list[Item]) -> Iterator[list[Item]]:
 
 def _transpose(scalars: list[StepScalars]) -> StepScalars:
     """One StepScalars of lists from a list of StepScalars; fields shared by all stay scalars."""
-    columns: list[list[Any]] = [list(column) for column in zip(*scalars)]
-    return StepScalars(*(column if isinstance(column[0], Tensor) else column[0] for column in columns))
+    columns = [list(column) for column in zip(*scalars)]
+    fields: list[Any] = [column if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return StepScalars(*fields)
 
 
 def _replaced_options(before: list[Group], after: list[Group]) -> list[str]:

@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import types
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ PACKAGES = (
     "triton",
     "numpy",
 )
+
+ExceptionHook = Callable[[type[BaseException], BaseException, "types.TracebackType | None"], object]
 
 USAGE = """\
 hf-dualadam SCRIPT.py [ARGS...]     run a script, as python SCRIPT.py does
@@ -126,9 +129,10 @@ def run_module(name: str, args: list[str]) -> None:
             spec = importlib.util.find_spec(f"{name}.__main__")
     except ImportError as error:
         sys.exit(f"{sys.executable}: Error while finding module specification for {name!r} ({error})")
-    if spec is None:
+    if spec is None or spec.origin is None:
         sys.exit(f"{sys.executable}: No module named {name}, or it is a package that cannot be directly executed")
-    code = spec.loader.get_code(spec.name)
+    loader: Any = spec.loader
+    code = loader.get_code(spec.name)
     namespace = {
         "__file__": spec.origin,
         "__cached__": spec.cached,
@@ -156,10 +160,10 @@ def _run_as_main(code: bytes | types.CodeType, argv: list[str], namespace: dict[
     exec(code, module.__dict__)
 
 
-def _hide_own_frames(hook):
+def _hide_own_frames(hook: ExceptionHook) -> ExceptionHook:
     """An exception hook that shows tracebacks from the script's first line on, as plain Python does."""
 
-    def show(kind, error, traceback):
+    def show(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
         frame = traceback
         while frame is not None and frame.tb_frame.f_code is not _run_as_main.__code__:
             frame = frame.tb_next
@@ -179,7 +183,7 @@ def _set_first_path(folder: str) -> None:
 class _RegisterWhenUnpickled:
     """Registers the optimizers in the process that unpickles it."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return register_in_children, ()
 
 
@@ -189,15 +193,16 @@ def register_in_children() -> None:
     A spawned process starts without this command: all it gets is a pickled description of its parent, before it
     imports the parent's script. So the description carries an object which registers as it is unpickled.
     """
-    describe_parent = multiprocessing.spawn.get_preparation_data
+    spawn: Any = multiprocessing.spawn
+    describe_parent = spawn.get_preparation_data
     if getattr(describe_parent, "registers_dualadam", False):
         return
 
-    def describe_parent_and_register(name):
+    def describe_parent_and_register(name: str) -> dict[str, Any]:
         return describe_parent(name) | {"hf_dualadam": _RegisterWhenUnpickled()}
 
-    describe_parent_and_register.registers_dualadam = True
-    multiprocessing.spawn.get_preparation_data = describe_parent_and_register
+    describe_parent_and_register.registers_dualadam = True  # type: ignore[attr-defined]
+    spawn.get_preparation_data = describe_parent_and_register
 
 
 def describe_environment() -> str:

@@ -31,7 +31,7 @@ norms               float64 sums                 float64 sums, in lanes       fl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -249,7 +249,7 @@ def weight_(x: Tensor, weight: Any) -> Tensor:
     return x.zero_() if weight == 0 else x.mul_(weight)
 
 
-def foreach_weight_(xs: Tensors, weight: Any) -> None:
+def foreach_weight_(xs: list[Tensor] | tuple[Tensor, ...], weight: Any) -> None:
     """:func:`weight_` of many tensors, by one number or by one tensor each."""
     if isinstance(weight, list):
         for x, own_weight in zip(xs, weight):

@@ -137,7 +137,7 @@ def _options(group: dict[str, Any]) -> tuple[float, ...]:
     return float(lr.detach() if isinstance(lr, Tensor) else lr), *group["betas"], *(group[name] for name in names)
 
 
-def _call(rows: array, groups: array) -> None:
+def _call(rows: array[int], groups: array[float]) -> None:
     function, parallel = load()
     threads = torch.get_num_threads() if parallel and os.getpid() == _PROCESS else 1
     if function(rows.buffer_info()[0], len(rows) // _N_FIELDS, groups.buffer_info()[0], threads, parallel):

@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 import torch
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
 
 from ..base import MAX_COUNT
 from ..diagnostics import InverseStatistics, inverse_statistics
@@ -31,14 +32,16 @@ class DualAdamCallback(TrainerCallback):
     wrongly (:mod:`~hf_dualadam.trainer.loss_scaling`).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.loss_is_checked = False  # in this training, by the Trainer's first step
         self._warned: set[str] = set()
         self._report: str | None = None
         self._planned_steps: int | None = None
         self._planned_groups: list[int] = []
 
-    def on_init_end(self, args, state, control, **kwargs):
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Check ``optim_args`` as soon as there is a Trainer.
 
         Raises:
@@ -47,7 +50,7 @@ class DualAdamCallback(TrainerCallback):
         if args.optim in OPTIMIZERS:
             parse_optim_args(args.optim_args, OPTIMIZERS[args.optim])
 
-    def plan(self, args, optimizer, steps: int) -> None:
+    def plan(self, args: TrainingArguments, optimizer: Any, steps: int) -> None:
         """Turn ``switch_fraction`` into a rate, each time that Trainer plans a training.
 
         Trainer plans when ``train`` is called, and again when ``auto_find_batch_size`` changes the batch size; a
@@ -78,7 +81,14 @@ class DualAdamCallback(TrainerCallback):
         inner.defaults["switch_rate"] = rate
         self._planned_steps, self._planned_groups = steps, followers
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Say where the switch is, and stop if DeepSpeed has replaced or would distort the optimizer.
 
         Raises:
@@ -87,7 +97,8 @@ class DualAdamCallback(TrainerCallback):
         self._warned.clear()
         self._report, self.loss_is_checked = None, False
         inner = _unwrap(optimizer)[-1]
-        if not isinstance(inner, tuple(OPTIMIZERS.values())):
+        is_ours = isinstance(inner, tuple(OPTIMIZERS.values()))
+        if not is_ours:
             self._check_other_optimizer(args, inner)
             return
         if _is_partitioned(optimizer) and any(group.get("normalize_inverse") for group in inner.param_groups):
@@ -104,10 +115,18 @@ class DualAdamCallback(TrainerCallback):
             self._report_switch(args, state, inner)
         self._planned_steps, self._planned_groups = None, []
 
-    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Add the figures of the last step to a training log, and warn where they call for it."""
         inner = _unwrap(optimizer)[-1]
-        if not isinstance(inner, DualAdam) or not _is_training_log(logs):
+        if logs is None or not isinstance(inner, DualAdam) or not _is_training_log(logs):
             return
         statistics = inverse_statistics(inner, _is_partitioned(optimizer))
         if statistics is None:
@@ -118,7 +137,7 @@ class DualAdamCallback(TrainerCallback):
         self._warn(statistics, _loss(logs), state.global_step, type(inner).__name__)
         logs.update(figures)
 
-    def _report_switch(self, args, state, inner: torch.optim.Optimizer) -> None:
+    def _report_switch(self, args: TrainingArguments, state: TrainerState, inner: torch.optim.Optimizer) -> None:
         """Say in one line where the switch to AdamW is not what the options ask for."""
         fraction = _switch_fraction(args, inner)
         if fraction is not None and self._planned_groups:
@@ -157,10 +176,15 @@ class DualAdamCallback(TrainerCallback):
             return
         self._report = text
         if not args.auto_find_batch_size:  # else said when a batch size has been found
-            self.on_step_end(args, state, None)
+            self._say_report(state)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Say once what there is to say about the switch."""
+        self._say_report(state)
+
+    def _say_report(self, state: TrainerState) -> None:
         if self._report is not None and state.is_world_process_zero:
             logger.warning(self._report)
         self._report = None
@@ -193,7 +217,7 @@ class DualAdamCallback(TrainerCallback):
             logger.warning(message)
 
     @staticmethod
-    def _check_other_optimizer(args, inner) -> None:
+    def _check_other_optimizer(args: TrainingArguments, inner: Any) -> None:
         """Say so where another optimizer runs than ``optim`` names, or goes on from a checkpoint of ours."""
         name = type(inner).__name__
         if args.optim in OPTIMIZERS:
@@ -245,7 +269,7 @@ def last_inverse_step(rate: float) -> int:
     return step
 
 
-def _switch_fraction(args, inner) -> float | None:
+def _switch_fraction(args: TrainingArguments, inner: Any) -> float | None:
     """The ``switch_fraction`` asked for, if ``inner`` is the optimizer that ``args`` name."""
     cls = OPTIMIZERS.get(args.optim)
     if cls is None or type(inner) is not cls:
@@ -253,12 +277,12 @@ def _switch_fraction(args, inner) -> float | None:
     return parse_optim_args(args.optim_args, cls).get("switch_fraction")
 
 
-def _is_training_log(logs: dict[str, Any] | None) -> bool:
+def _is_training_log(logs: dict[str, Any]) -> bool:
     """Whether these are the logs of training steps, also where a Trainer has renamed the keys.
 
     They have a learning rate, which evaluations and the summary at the end do not have.
     """
-    if not logs or any(key.startswith("eval") or key.endswith("_runtime") for key in logs):
+    if any(key.startswith("eval") or key.endswith("_runtime") for key in logs):
         return False
     return "loss" in logs or any(key.endswith("learning_rate") for key in logs)
 
@@ -266,11 +290,11 @@ def _is_training_log(logs: dict[str, Any] | None) -> bool:
 def _loss(logs: dict[str, Any]) -> float:
     """The training loss; 0 where it is not logged."""
     key = "loss" if "loss" in logs else next((key for key in logs if key.endswith("loss")), None)
-    value = logs.get(key, 0.0)
+    value = logs[key] if key is not None else 0.0
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
-def _unwrap(optimizer) -> list:
+def _unwrap(optimizer: Any) -> list[Any]:
     """The optimizer and all that its wrappers (accelerate's, DeepSpeed's) hold, outermost first."""
     layers = [optimizer]
     while hasattr(layers[-1], "optimizer"):
@@ -278,6 +302,6 @@ def _unwrap(optimizer) -> list:
     return layers
 
 
-def _is_partitioned(optimizer) -> bool:
+def _is_partitioned(optimizer: Any) -> bool:
     """Whether DeepSpeed's ZeRO hands the inner optimizer flat parts of the model."""
     return any(".zero." in type(layer).__module__ for layer in _unwrap(optimizer))

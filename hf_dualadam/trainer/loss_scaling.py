@@ -9,6 +9,7 @@ factors. Adam's step hides it; InvAdam's step, gradient clipping and the logged 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,13 @@ class CountWitness(Tensor):
         return witness
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Iterable[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         """Run a torch function and note whether it uses the count."""
         tensors = _tensors([*args, *(kwargs or {}).values()])
         with torch._C.DisableTorchFunctionSubclass():
@@ -66,13 +73,13 @@ class CountWitness(Tensor):
 
 
 def _tensors(values: list[Any]) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
     for value in values:
         found += _tensors(list(value)) if isinstance(value, (list, tuple)) else [value] * isinstance(value, Tensor)
     return found
 
 
-def can_witness(trainer, model, count) -> bool:
+def can_witness(trainer: Any, model: Any, count: Any) -> bool:
     """Whether a training step can be watched without disturbing it: not where it is compiled or spread over threads.
 
     Args:
@@ -84,11 +91,11 @@ def can_witness(trainer, model, count) -> bool:
     return isinstance(count, Tensor) and type(count) is Tensor and trainer.args.n_gpu <= 1 and not compiled
 
 
-def _is_compiled(model) -> bool:
+def _is_compiled(model: Any) -> bool:
     return getattr(model, "_compiled_call_impl", None) is not None
 
 
-def loss_factor(trainer, base_compute_loss) -> Factor:
+def loss_factor(trainer: Any, base_compute_loss: Any) -> Factor:
     """The factors that Trainer applies because it expects the loss to be divided by the number of items.
 
     Args:
@@ -107,11 +114,11 @@ def loss_factor(trainer, base_compute_loss) -> Factor:
     )
 
 
-def _tensor_parallel_size(trainer) -> int:
+def _tensor_parallel_size(trainer: Any) -> int:
     return trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
 
 
-def loss_factor_message(trainer, factor: Factor, base_compute_loss) -> str:
+def loss_factor_message(trainer: Any, factor: Factor, base_compute_loss: Any) -> str:
     """One line for the user: what is too large, by what, why, and the remedy.
 
     Args:

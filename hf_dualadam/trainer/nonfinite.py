@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers.trainer_callback import TrainerCallback
+from torch.utils.hooks import RemovableHandle
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
 
 NAMED = 5  # parameters in the message
 
@@ -19,11 +24,13 @@ class StopOnNonFinite(TrainerCallback):
     gradients by design, nor for DeepSpeed, which keeps its gradients to itself.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._largest: dict[str, Tensor] = {}  # of each gradient's absolute values, in the order of the backward pass
-        self._hooks: list = []
+        self._hooks: list[RemovableHandle] = []
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         """Watch the gradients of ``model``.
 
         Raises:
@@ -37,7 +44,9 @@ class StopOnNonFinite(TrainerCallback):
             if param.requires_grad:
                 self._hooks.append(param.register_post_accumulate_grad_hook(self._watch(name)))
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         """Stop if a gradient of this step is not finite.
 
         Raises:
@@ -56,7 +65,9 @@ class StopOnNonFinite(TrainerCallback):
                 "max_grad_norm."
             )
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Let go of the model."""
         self._forget()
 
@@ -66,7 +77,7 @@ class StopOnNonFinite(TrainerCallback):
         self._hooks.clear()
         self._largest.clear()
 
-    def _watch(self, name: str):
+    def _watch(self, name: str) -> Callable[[Tensor], None]:
         def hook(param: Tensor) -> None:
             if param.grad is not None:
                 self._largest[name] = _largest(param.grad)

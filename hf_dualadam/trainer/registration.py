@@ -6,7 +6,6 @@ both in place, and fails loudly where a release has moved them.
 
 from __future__ import annotations
 
-import enum
 import functools
 import inspect
 import logging
@@ -25,7 +24,9 @@ from .optim_args import parse_optim_args
 logger = logging.getLogger(__name__)
 
 
-def _optimizer_cls_and_kwargs(args) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def _optimizer_cls_and_kwargs(
+    args: training_args.TrainingArguments,
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """What Trainer needs to build the optimizer that ``args.optim`` names.
 
     ``switch_fraction`` is not among it: it becomes a rate when Trainer knows its number of steps.
@@ -59,7 +60,7 @@ def register() -> None:
         ) from error
 
 
-def _extend_enum(cls: type[enum.Enum], name: str, value: str) -> None:
+def _extend_enum(cls: Any, name: str, value: str) -> None:
     """Add a member to an enum in place; a member of that value stays as it is."""
     if value in cls._value2member_map_:
         return
@@ -91,18 +92,19 @@ def _add_handlers() -> None:
 def _wrap_trainer_method() -> None:
     from transformers.trainer import Trainer
 
-    original = Trainer.get_optimizer_cls_and_kwargs
+    patched: Any = Trainer
+    original = patched.get_optimizer_cls_and_kwargs
     if hasattr(original, "_knows_dualadam"):
         return
 
     @functools.wraps(original)
-    def get_optimizer_cls_and_kwargs(args, model=None):
+    def get_optimizer_cls_and_kwargs(args: training_args.TrainingArguments, model: Any = None) -> Any:
         if args.optim in OPTIMIZERS:
             return _optimizer_cls_and_kwargs(args)
         return original(args, model)
 
-    get_optimizer_cls_and_kwargs._knows_dualadam = True
-    Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    get_optimizer_cls_and_kwargs._knows_dualadam = True  # type: ignore[attr-defined]
+    patched.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
 
 
 def _add_callback() -> None:
@@ -111,30 +113,31 @@ def _add_callback() -> None:
     It goes first in the list, so that the reporting integrations after it see what it adds to the logs; Trainer's own
     list of default callbacks would do as well, but importing it costs 4 seconds.
     """
-    original = trainer_callback.CallbackHandler.__init__
+    handler_cls: Any = trainer_callback.CallbackHandler
+    original = handler_cls.__init__
     if hasattr(original, "_knows_dualadam"):
         return
 
     @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if not any(isinstance(callback, DualAdamCallback) for callback in self.callbacks):
             self.callbacks.insert(0, DualAdamCallback())
         if "transformers.trainer" in sys.modules:
             _tell_callback(sys.modules["transformers.trainer"].Trainer)
 
-    __init__._knows_dualadam = True
-    trainer_callback.CallbackHandler.__init__ = __init__
+    __init__._knows_dualadam = True  # type: ignore[attr-defined]
+    handler_cls.__init__ = __init__
 
 
-def _tell_callback(trainer_cls) -> None:
+def _tell_callback(trainer_cls: Any) -> None:
     """Let Trainer tell the callback two things that callbacks are not told: the planned steps, and the item count."""
     create_scheduler, training_step = trainer_cls.create_scheduler, trainer_cls.training_step
     if hasattr(create_scheduler, "_knows_dualadam"):
         return
 
     @functools.wraps(create_scheduler)
-    def create_scheduler_and_plan(self, num_training_steps, optimizer=None):
+    def create_scheduler_and_plan(self: Any, num_training_steps: int, optimizer: Any = None) -> Any:
         scheduler = create_scheduler(self, num_training_steps, optimizer)
         callback = _callback_of(self)
         if callback is not None:
@@ -144,7 +147,7 @@ def _tell_callback(trainer_cls) -> None:
     compute_loss = trainer_cls.compute_loss
 
     @functools.wraps(training_step)
-    def watched_training_step(self, model, inputs, num_items_in_batch=None):
+    def watched_training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         callback = _callback_of(self)
         factor = loss_factor(self, compute_loss)
         if (
@@ -161,10 +164,10 @@ def _tell_callback(trainer_cls) -> None:
             logger.warning(loss_factor_message(self, factor, compute_loss))
         return loss
 
-    create_scheduler_and_plan._knows_dualadam = True
+    create_scheduler_and_plan._knows_dualadam = True  # type: ignore[attr-defined]
     trainer_cls.create_scheduler, trainer_cls.training_step = create_scheduler_and_plan, watched_training_step
 
 
-def _callback_of(trainer) -> DualAdamCallback | None:
+def _callback_of(trainer: Any) -> DualAdamCallback | None:
     handler = getattr(trainer, "callback_handler", None)
     return next((c for c in getattr(handler, "callbacks", []) if isinstance(c, DualAdamCallback)), None)
