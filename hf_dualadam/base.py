@@ -384,7 +384,9 @@ class MomentOptimizer(Optimizer):
                     f"Invalid state_dict: the state of parameter {saved_id!r} has {sorted(state)} and lacks "
                     f"{', '.join(missing)} - should come from {type(self).__name__}, Adam or AdamW."
                 )
-            expected = {"weight_correction": param.shape} if "weight_correction" in state else {}
+            expected: dict[str, tuple[int, ...]] = {}
+            if "weight_correction" in state:
+                expected["weight_correction"] = param.shape
             for name in self.moments_of_state:
                 layout = format_of(state, name).layout(param, name, param.dtype)
                 expected.update({key: shape for key, (shape, _) in layout.items()})
