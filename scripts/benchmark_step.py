@@ -1,20 +1,20 @@
-"""How long does a step of each optimizer take? Interleaved, on one machine, as a table and as JSON.
+"""Time the steps of optimizers against each other on one machine; print a table and write JSON.
 
     python scripts/benchmark_step.py --shapes minilm
     python scripts/benchmark_step.py --shapes bert-base --device cuda --dtype bfloat16 --json step.json
     python scripts/benchmark_step.py --shapes path/to/config.json --threads 1
     python scripts/benchmark_step.py --scaling scaling.png --json scaling.json
 
-In every round each optimizer takes one step, and a large tensor is copied; a ratio is the median, over the rounds, of
-the ratio to fused AdamW's time in the same round. All work on the same parameters, gradients and moments.
+In every round, each optimizer takes one step and a large tensor is copied. A ratio is the median over rounds of the
+time divided by that of fused AdamW in the same round. All optimizers share parameters, gradients and moments.
 
 - params/s: parameters updated per second, at the median time.
-- bandwidth: the bytes that a step cannot avoid (read p, g, m, v; write p, m, v) per second, and its share of what the
-  copy reaches, reading and writing.
-- memory: how far a step goes above what is allocated before it.
-- first step: includes making the moments, and loading or compiling a kernel.
+- bandwidth: the bytes that a step must move (read p, g, m, v; write p, m, v) per second, and as a percentage of the
+  bandwidth of the copy, reading and writing.
+- memory: peak memory of a step above what is allocated before it.
+- first step: includes creating the moments, and loading or compiling a kernel.
 
-An optimizer whose temporary tensors would not fit into memory is left out, and named.
+An optimizer whose temporary tensors would not fit into memory is skipped and listed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import hf_dualadam
 from hf_dualadam import DualAdam
 from hf_dualadam.extras import require_or_exit
 
-MODELS = {  # the shapes of a model come from its configuration; no weights are made
+MODELS = {  # the shapes come from the configuration; no weights are created
     "minilm": ("bert", {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}),
     "bert-base": ("bert", {}),
     "1b": ("llama", {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 7424, "vocab_size": 32000}),
@@ -56,7 +56,7 @@ OURS = [f"DualAdam, kernel, {phase}" for phase in PHASES]
 
 
 def contenders() -> dict[str, tuple[Callable, int]]:
-    """What to compare: how to build it, and how many copies of all parameters its temporary tensors take."""
+    """The optimizers to compare: how to build each, and how many copies of all parameters its temporaries take."""
     paths = {"kernel": ({"fused": True}, 0), "foreach": ({"foreach": True}, 4), "for-loop": ({"foreach": False}, 0)}
     table = {}
     for path, (chosen, copies) in paths.items():
@@ -102,9 +102,9 @@ class Machine:
     """Times and measures memory on one device."""
 
     def __init__(self, device: str):
-        """Check that the device is there."""
+        """Check that the device is available."""
         if device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit("Invalid --device: cuda - torch sees no GPU here.")
+            raise SystemExit("Invalid --device: cuda - torch finds no GPU.")
         self.device = device
 
     def seconds(self, function: Callable[[], object]) -> float:
@@ -116,7 +116,7 @@ class Machine:
         return time.perf_counter() - start
 
     def extra_bytes(self, function: Callable[[], object]) -> int | None:
-        """How far the memory in use rises during a call; None where the system does not tell."""
+        """Peak memory during a call, above what was in use before; None where the system does not report it."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -131,13 +131,13 @@ class Machine:
         return _proc_bytes("/proc/self/status", "VmHWM") - before
 
     def free_bytes(self) -> int | None:
-        """Memory that may still be used; None where the system does not tell."""
+        """Free memory; None where the system does not report it."""
         if self.device == "cuda":
             return torch.cuda.mem_get_info()[0]
         return _proc_bytes("/proc/meminfo", "MemAvailable")
 
     def trim(self) -> None:
-        """Hand back memory that is free but kept."""
+        """Return cached memory to the system."""
         if self.device == "cuda":
             torch.cuda.empty_cache()
         elif platform.libc_ver()[0] == "glibc":
@@ -172,7 +172,7 @@ def _proc_bytes(path: str, key: str) -> int | None:
 def build_all(
     names: list[str], params: list[Tensor], machine: Machine
 ) -> tuple[dict, dict[str, float], dict[str, str]]:
-    """Build optimizers that share their moments, so that one set of them fits even where two would not.
+    """Build optimizers that share their moments, so that only one set of moments has to fit into memory.
 
     Returns:
         The optimizers, the seconds that the first step of each took, and why others were left out.
@@ -211,7 +211,7 @@ def build_all(
 def benchmark(
     shapes: list[tuple[int, ...]], names: list[str], machine: Machine, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
-    """Time the named optimizers on tensors of these shapes, and what a step of each needs besides."""
+    """Measure time and extra memory of a step of each named optimizer on tensors of these shapes."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, device=machine.device).to(dtype)) for shape in shapes]
     for p in params:
@@ -221,7 +221,7 @@ def benchmark(
     target = torch.zeros_like(source)
     actions = {COPY: lambda: target.copy_(source)} | {name: opt.step for name, opt in optimizers.items()}
     times: dict[str, list[float]] = {name: [] for name in actions}
-    for i in range(-2, rounds):  # two rounds to warm up; then another one goes first each time
+    for i in range(-2, rounds):  # two rounds of warm-up; the order rotates from round to round
         for name in [*actions][i % len(actions) :] + [*actions][: i % len(actions)]:
             seconds = machine.seconds(actions[name])
             if i >= 0:
@@ -272,7 +272,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def scaling(path: Path, machine: Machine, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
-    """Time growing lists of tensors, as far as memory allows, and plot times and ratios."""
+    """Time lists of tensors of increasing size, as far as memory allows, and plot times and ratios."""
     results = []
     for numel in SCALING:
         needed, free = 4 * numel * dtype.itemsize + 2 * COPY_BYTES, machine.free_bytes()
@@ -313,9 +313,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
     parser.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
     parser.add_argument("--rounds", type=int, default=21, help="steps of each optimizer; default 21")
-    parser.add_argument("--only", default="", metavar="TEXT", help="leave out all but fused AdamW that lack TEXT")
+    parser.add_argument("--only", default="", metavar="TEXT", help="time only fused AdamW and names that contain TEXT")
     parser.add_argument("--scaling", type=Path, metavar="PNG", help="time 1 M to 1 B parameters instead, and plot")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
     args = parser.parse_args()
     for name in ("threads", "rounds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

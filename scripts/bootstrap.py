@@ -1,13 +1,13 @@
-"""Set everything up in a virtual environment of its own, with exact versions, and run the quickstart or the tests.
+"""Create a virtual environment with pinned versions in it, and run a quickstart or the tests.
 
     python scripts/bootstrap.py quickstart          fine-tune MiniLM on bundled text, without the Hub
     python scripts/bootstrap.py quickstart vision   train a small ViT on bundled images
     python scripts/bootstrap.py quickstart clm      train a small language model from scratch
     python scripts/bootstrap.py test                check style and types, then run all tests
 
-Needs only Python 3.10 to 3.13. Installs into .venv next to this repository's setup.py, and reinstalls only when the
-pinned versions or setup.py have changed. With --transformers4, or on Python 3.10, it installs Transformers 4.57 (into
-.venv-transformers4) instead of the newest 5.x.
+Needs only Python 3.10 to 3.13. Installs into .venv in the root of the repository, and reinstalls only when the pinned
+versions, setup.py or the kernel's source have changed. With --transformers4, or on Python 3.10, it installs
+Transformers 4.57 (into .venv-transformers4) instead of the newest 5.x.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def prepare(extras: str, transformers4: bool) -> Path:
     stamp = folder / "installed.txt"
     done = stamp.read_text().splitlines() if stamp.exists() else []
     if wanted not in done:
-        print(f"Setting up {folder.name} (once, a few minutes) ...", flush=True)
+        print(f"Installing into {folder.name}, which takes a few minutes the first time ...", flush=True)
         if not python.exists():
             venv.create(folder, with_pip=True)
         install = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints]
-        # torch by itself first: pip then keeps it when a requirement would admit a larger build.
+        # torch first: pip keeps an installed torch where a requirement would otherwise select a larger build.
         for requirement in (["torch"], ["--editable", f"{ROOT}[{extras}]"]):
             subprocess.run([*install, *requirement], check=True)
         stamp.write_text("\n".join([*done, wanted]))
@@ -71,7 +71,7 @@ def prepare(extras: str, transformers4: bool) -> Path:
 
 
 def run(python: Path, *command) -> int:
-    """Run a command of the virtual environment in the repository, with the hub switched off."""
+    """Run a command of the virtual environment in the repository, without access to the Hub."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run([python, *command], cwd=ROOT, env=environment).returncode
 

@@ -1,28 +1,30 @@
-"""How long does an optimizer stay in a minimum? Mean escape time against sharpness, with the real classes.
+"""Measure how long an optimizer stays in a minimum: mean escape time against sharpness.
 
     python scripts/escape_time.py --output_dir outputs/escape
 
-Theory (``hf_dualadam/escape.py`` has the formulas): an optimizer that multiplies gradients by a mobility P leaves a
-minimum of sharpness H after tau = tau_0 * exp(2 B dL / (eta P H)) steps. So log(tau / tau_0) falls with H as H^-1 for
-SGD (P = 1), H^(-1/2) for Adam (P = v^(-1/2)), H^(-3/2) for InvAdam (P = v^(1/2)), and in between for DualAdam at a
-fixed alpha: the larger alpha, the sooner it leaves sharp minima and the longer it stays in flat ones. tau_0 comes
-from theory; nothing but the slopes is fitted. Their confidence intervals cover the scatter of the points; the theory
-itself is an approximation for high barriers and small steps, good to a few percent here.
+Theory (``hf_dualadam/lab/escape.py`` has the formulas): an optimizer that multiplies gradients by a mobility P leaves
+a minimum of sharpness H after tau = tau_0 * exp(2 B dL / (eta P H)) steps. So log(tau / tau_0) is proportional to H^-1
+for SGD (P = 1), H^(-1/2) for Adam (P = v^(-1/2)) and H^(-3/2) for InvAdam (P = v^(1/2)). DualAdam at a fixed alpha
+lies in between: the larger alpha, the sooner it leaves sharp minima and the longer it stays in flat ones. tau_0 is the
+theoretical value; only the slopes are fitted. Their confidence intervals cover the scatter of the points; the theory
+itself is an approximation for high barriers and small steps, accurate to a few percent here.
 
-Where it holds: for barriers of 3 temperatures or more, the points that are fitted (up to 7, where escapes become too
-rare to count here). Where it stops holding:
+The theory holds for barriers of 3 temperatures or more. The fitted points end at 7 temperatures, above which escapes
+are too rare to count here. It does not hold
 
-- below about one temperature nothing holds a particle in the minimum: there is no waiting time with an exponential
-  law, and tau leaves the line (hollow points in the plot; log(tau / tau_0) is 30 to 50 % too large at half of one);
-- when eta * P * H, the share of the way to the minimum done in a step, nears 1, or when the barrier's own gradient is
-  not small beside the noise (B * dL of order 1): v is then larger than H / B, and P is no longer what theory says;
-- when v has no time to settle on H / B (early in training, or with beta2 near 1 and escapes within 1/(1 - beta2)
-  steps), or when the noise does not grow with the sharpness;
-- DualAdam's inverse part counts only where v is near 1, as here. At the gradients of real networks (v of 1e-2 and far
-  below) its mobility is Adam's, (1 - alpha) v^(-1/2), unless ``normalize_inverse`` is set.
+- for barriers below about one temperature, which do not confine a particle: the waiting time is not exponential, and
+  tau deviates from the line (hollow points in the plot; log(tau / tau_0) is 30 to 50 % too large at half of one);
+- when eta * P * H, the fraction of the distance to the minimum covered in a step, approaches 1, or when the gradient
+  of the barrier is not small compared with the noise (B * dL of order 1): v is then larger than H / B, and P differs
+  from the theory's;
+- when v has not converged to H / B (early in training, or with beta2 near 1 and escapes within 1/(1 - beta2) steps),
+  or when the noise does not grow with the sharpness;
+- for DualAdam in real networks: its inverse part matters only where v is near 1, as here. With the gradients of real
+  networks (v of 1e-2 and far below), its mobility is Adam's, (1 - alpha) v^(-1/2), unless ``normalize_inverse`` is
+  set.
 
 Writes escape_times.csv (every point), escape_times.json (slopes with 95 % confidence intervals), escape_times.png and
-trajectories.png (particles that start in the sharp one of two valleys). About a minute on two cores.
+trajectories.png (particles that start in the sharper of two valleys). About a minute on two cores.
 """
 
 import argparse
@@ -61,7 +63,7 @@ from matplotlib.colors import BoundaryNorm  # noqa: E402
 
 OUTPUTS = ("escape_times.csv", "escape_times.json", "escape_times.png", "trajectories.png")
 TITLES = {"sgd": "SGD", "adam": "Adam", "invadam": "InvAdam", "dualadam": "DualAdam"}
-MAIN_ALPHA = 0.5  # the DualAdam whose slope stands for it
+MAIN_ALPHA = 0.5  # its slope is reported as DualAdam's
 VALLEY_STEPS = 3000
 
 
@@ -79,7 +81,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"argument --{name}: {getattr(args, name)} - should be 1 or more")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"argument --seeds: {args.seeds} - should be different numbers, 0 or more")
+        parser.error(f"argument --seeds: {args.seeds} - should be distinct numbers, 0 or more")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"argument --output_dir: {args.output_dir} is a file - should be a folder")
     existing = [name for name in OUTPUTS if (args.output_dir / name).exists()]
@@ -107,7 +109,7 @@ def print_summary(points: dict[Rule, list[EscapeTime]]) -> None:
         fit = fit_slope(points[rule])
         low, high = fit["ci95"]
         print(f"  {label(rule):24} {fit['slope']:6.3f}  95 % CI [{low:6.3f}, {high:6.3f}]  theory {rule.slope:6.3f}")
-    print("Where it stops holding: log(tau / tau_0) measured / theory at lower barriers (in temperatures)")
+    print("Outside the theory's range: measured / theoretical log(tau / tau_0) at low barriers (in temperatures)")
     for rule in RULES:
         ratios = [(theory, [p.log_ratio / theory for p in points[rule] if p.theory == theory]) for theory in OUTSIDE]
         means = [f"{theory:g}: {statistics.fmean(of_seeds):.2f}" for theory, of_seeds in ratios]
@@ -160,7 +162,7 @@ def plot_trajectories(walks: dict[Rule, ValleyWalk], path: Path) -> None:
     loss = two_valleys(torch.stack([x, y], dim=-1)) / BARRIER
     levels = [0, 0.25, 0.5, 0.75, 1, 2, 4, 8]
     for axis, (rule, walk) in zip(axes.flat, walks.items()):
-        norm = BoundaryNorm(levels, ncolors=256, extend="max")  # equal steps of grey, so that the barrier shows
+        norm = BoundaryNorm(levels, ncolors=256, extend="max")  # equal steps of gray, so that the barrier is visible
         shading = axis.contourf(x, y, loss, levels=levels, norm=norm, cmap="Greys", extend="max", alpha=0.6)
         for index in range(walk.paths.shape[1]):
             path_x, path_y = walk.paths[:, index].unbind(-1)

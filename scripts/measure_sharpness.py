@@ -4,8 +4,8 @@
     python scripts/measure_sharpness.py outputs/vit --script image_classification --data_dir path/to/images
     python scripts/measure_sharpness.py outputs/clm --script clm --train_file path/to/texts.txt
 
-CHECKPOINT is a folder written by a script or by ``save_pretrained``: a model, or an adapter (whose weights alone are
-then measured). The data options are those of the script that ``--script`` names. Writes sharpness.json and
+CHECKPOINT is a folder written by a script or by ``save_pretrained``: a model, or an adapter (then only the adapter's
+weights are measured). The data options are those of the script that ``--script`` names. Writes sharpness.json and
 loss_slice.png next to the model, or to --output_dir: loss, largest Hessian eigenvalue, trace, loss rise in a ball, and
 the loss along the top eigenvector and a random direction, all in float32.
 """
@@ -32,7 +32,7 @@ from hf_dualadam.finetuning.training import check_writable, make_trainer, refuse
 from hf_dualadam.lab.sharpness import loss_slice, measure_sharpness
 
 POINTS = 21
-# Two Lanczos steps are the least for a curvature along more than one direction; thousands lose orthogonality.
+# One Lanczos step sees the curvature along a single direction; thousands of steps lose orthogonality.
 RANGES = {
     "examples": (1, 2**31),
     "batch_size": (1, 2**31),
@@ -48,12 +48,12 @@ NOT_TRAINED = {"report_to": "none", "disable_tqdm": True, "bf16": False, "gradie
 
 @dataclass
 class SharpnessArguments:
-    """What is measured, and where the results go."""
+    """What to measure, and where to write the results."""
 
-    script: str = field(default="glue", metadata={"help": f"Whose data options are given: {', '.join(KINDS)}."})
-    split: str = field(default="train", metadata={"help": "Whose loss is measured: train or validation."})
-    examples: int = field(default=256, metadata={"help": "Number of examples, the first of the split."})
-    batch_size: int = field(default=32, metadata={"help": "Examples at a time; changes memory, not results."})
+    script: str = field(default="glue", metadata={"help": f"Script whose data options apply: {', '.join(KINDS)}."})
+    split: str = field(default="train", metadata={"help": "Split whose loss is measured: train or validation."})
+    examples: int = field(default=256, metadata={"help": "Use the first N examples of the split."})
+    batch_size: int = field(default=32, metadata={"help": "Examples per batch; changes memory, not results."})
     rho: float = field(default=0.05, metadata={"help": "Radius of the ball."})
     lanczos_steps: int = field(default=15, metadata={"help": "Hessian-vector products for the largest eigenvalue."})
     trace_samples: int = field(default=10, metadata={"help": "Hessian-vector products for the trace."})
@@ -93,7 +93,7 @@ def read_options(argv):
         elif option == "--script" and value is not None:
             name = value
     kind = task_kind(name)
-    own_arguments = kind.training_arguments is not TrainingArguments  # such as TRL's, which say how texts are cut
+    own_arguments = kind.training_arguments is not TrainingArguments  # such as TRL's, which set how texts are cut
     classes = (*kind.argument_classes, *([kind.training_arguments] if own_arguments else []))
     options, *own = parse(
         (SharpnessArguments, *classes), argv, defaults=lambda given: NOT_TRAINED, description=__doc__
@@ -137,7 +137,7 @@ def main(argv=None):
 
 
 def finite(value):
-    """JSON has no NaN: null stands for what is not a finite number (the error of a single trace sample)."""
+    """Replace non-finite numbers by None, since JSON has no NaN (the error of a single trace sample is NaN)."""
     if isinstance(value, dict):
         return {name: finite(part) for name, part in value.items()}
     if isinstance(value, list):

@@ -81,7 +81,7 @@ def test_invadam_leaves_the_sharp_valley_more_often_than_adam():
     [
         (["--particles", "0"], "--particles: 0 - should be 1 or more"),
         (["--steps", "-5"], "--steps: -5 - should be 1 or more"),
-        (["--seeds", "1", "1"], "--seeds: [1, 1] - should be different numbers"),
+        (["--seeds", "1", "1"], "--seeds: [1, 1] - should be distinct numbers"),
     ],
 )
 def test_bad_numbers_are_refused(script, tmp_path, capsys, arguments, message):
