@@ -5,8 +5,10 @@
 
 The YAML file is optional; its keys are the options below, and options given after it win. Examples have a column
 ``text``, or ``prompt`` and ``completion`` (only the completion is learned), or ``messages`` of a chat; a .txt file
-holds texts separated by blank lines. TRL trains (extra [clm]), so its options of SFTConfig apply: max_length, packing,
-completion_only_loss and so on; use_peft=true trains LoRA adapters, load_in_4bit=true on a 4-bit base (bitsandbytes).
+holds texts separated by blank lines. Plain texts are joined into blocks of max_length (or block_size) tokens; with
+packing=false each is an example of its own, cut at max_length. TRL trains (extra [clm]), so its options of SFTConfig
+apply: max_length, packing, completion_only_loss and so on; use_peft=true trains LoRA adapters, load_in_4bit=true on a
+4-bit base (bitsandbytes).
 """
 
 from hf_dualadam.extras import require_or_exit
@@ -15,16 +17,18 @@ require_or_exit("clm")
 
 import torch
 
-from hf_dualadam.finetuning import clm
 from hf_dualadam.finetuning.config import parse, run_main, training_defaults
+from hf_dualadam.finetuning.generation import generate_samples
 from hf_dualadam.finetuning.tasks import task_kind
-from hf_dualadam.finetuning.training import RunArguments, check_output_dir, run, splits_needed, summary
+from hf_dualadam.finetuning.training import RunArguments, check_output_dir, decoration, run, splits_needed, summary
 
 
 def defaults(given):
     # TRL's own defaults are for large models on GPUs that know bfloat16: not on a CPU.
     on_gpu = torch.cuda.is_available()
     values = {"bf16": on_gpu and torch.cuda.is_bf16_supported(), "gradient_checkpointing": on_gpu}
+    if given.get("packing") is False:
+        values["join_texts"] = False  # texts are asked to stay apart
     return training_defaults(given) | values | {"output_dir": "outputs/clm"}
 
 
@@ -39,13 +43,24 @@ def main(argv=None):
     check_output_dir(args, run_args.overwrite_output_dir)
     task = kind.build(*own, training_args=args, splits=splits_needed(args))
     finished = run(task, args, **run_args.options())
-    clm.write_unigram_perplexity(finished)
-    for sample in clm.generate_samples(finished, own[0]):
-        print(f"--- prompt:\n{sample['prompt']}\n--- the model goes on:\n{sample['generated']}\n")
+    if (perplexity := finished.trainer.unigram_perplexity) is not None:
+        finished.metrics["unigram_perplexity"] = perplexity
+        finished.trainer.save_metrics("unigram", {"unigram_perplexity": perplexity})
+    clm_args = own[0]
+    samples = []
+    with decoration("samples"):
+        samples = generate_samples(
+            finished,
+            prompts=clm_args.generation_prompts,
+            samples=clm_args.generation_samples,
+            max_new_tokens=clm_args.max_new_tokens,
+        )
     if finished.trainer.is_world_process_zero():
+        for sample in samples:
+            print(f"--- prompt:\n{sample['prompt']}\n--- completion:\n{sample['generated']}\n")
         print(summary(finished))
-    if "unigram_perplexity" in finished.metrics:
-        print(f"perplexity of a unigram model on the same tokens: {finished.metrics['unigram_perplexity']:.1f}")
+        if perplexity is not None:
+            print(f"perplexity of a unigram model on the same tokens: {perplexity:.1f}")
     return finished
 
 

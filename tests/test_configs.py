@@ -1,5 +1,6 @@
 """Every config loads; files and command lines are read strictly."""
 
+import json
 import re
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from tiny import ROOT
 from transformers import Trainer, TrainingArguments
 
 from hf_dualadam import DualAdam
-from hf_dualadam.finetuning.config import InputError, parse
+from hf_dualadam.finetuning.config import InputError, _load_yaml, parse
 from hf_dualadam.finetuning.glue import TASKS, GlueArguments
 from hf_dualadam.finetuning.images import ImageArguments
 from hf_dualadam.finetuning.models import ModelArguments, load_config
@@ -126,7 +127,14 @@ def test_resume_is_a_switch_or_a_path(tmp_path, value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rate: 2e-5", "learning_rate: '2e-5' is text, but a number is needed.*2.0e-5"),
+        ("learning_rate: '2e-5'", "learning_rate: '2e-5' is text, but a number is needed .write it without quotes"),
+        ("learning_rate: 2e", "learning_rate: '2e' is text"),
+        ("seed: 1_0", "seed: '1_0' is text"),
+        ("seed: 1:30", "seed: '1:30' is text"),
+        ("seed: 1e3", "seed: 1000.0 is a number, but a whole number is needed"),
+        ("task: 1e3", "task: 1000.0 is a number, but text is needed .put it in quotes"),
+        ("task: true", "task: True is true or false, but text is needed .put it in quotes"),
+        ("count: yes", "count: 'yes' is text"),
         ("lerning_rate: 1.0", "unknown option 'lerning_rate', did you mean learning_rate"),
         ("task: 3", "task: 3 is a whole number, but text is needed"),
         ("count: 1.5", "count: 1.5 is a number, but a whole number or null is needed"),
@@ -134,7 +142,7 @@ def test_resume_is_a_switch_or_a_path(tmp_path, value):
         ("seed: null", "seed: None is null"),
         ("mapping: {x: y}", "mapping: .* is a mapping, but"),
         ("names: p", "names: 'p' is text, but a list or null"),
-        ("eval_strategy: no", "eval_strategy: False.*quotes"),
+        ("eval_strategy: false", "eval_strategy: False.*quotes"),
         ("optim: adamm", "optim: 'adamm' is not one of .*dualadam"),
         ("lr_scheduler_type: cosin", "lr_scheduler_type: 'cosin' is not one of"),
         ("learning_rate: .nan", "learning_rate: nan is not a finite number"),
@@ -155,6 +163,63 @@ def test_resume_is_a_switch_or_a_path(tmp_path, value):
 def test_bad_files_are_refused_with_one_clear_message(tmp_path, text, message):
     with pytest.raises(InputError, match="(?s)" + message):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("5e-05", 5e-05),
+        ("2e-5", 2e-5),
+        ("+1E2", 100.0),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("1e0", 1.0),
+        ("010", 10),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("-3", -3),
+        ("1_0", "1_0"),
+        ("1:30", "1:30"),
+        ("no", "no"),
+        ("2024-01-01", "2024-01-01"),
+        ("null", None),
+        ("~", None),
+        ("'5e-05'", "5e-05"),
+        ("true", True),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(written, value):
+    read = _load_yaml(f"key: {written}")["key"]
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("written", ["yes", "On", "true"])
+def test_yes_is_true_where_a_truth_value_belongs(tmp_path, written):
+    assert read(tmp_path, f"strict: {written}\nsave_strategy: no")[0].strict is True
+
+
+def test_a_json_file_is_read_as_json(tmp_path):
+    values = {"learning_rate": 5e-05, "seed": 3, "task": "no", "mapping": {"x": 1}, "count": None, "strict": True}
+    (tmp_path / "args.json").write_text(json.dumps(values))
+    options, args = parse((Options, TrainingArguments), [str(tmp_path / "args.json"), "--seed", "4"])
+    assert options == Options("no", {"x": 1}, strict=True) and (args.learning_rate, args.seed) == (5e-05, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"seed": 1, "seed": 2}', "'seed' is given twice"),
+        ('{"seed": 1,}', "cannot be read as JSON"),
+        ("[1]", "holds a list"),
+        ('{"sed": 1}', "did you mean seed"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ('{"learning_rate": NaN}', "nan is not a finite number"),
+    ],
+)
+def test_bad_json_is_refused_with_one_clear_message(tmp_path, text, message):
+    (tmp_path / "args.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        parse((Options, TrainingArguments), [str(tmp_path / "args.json")])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,11 @@ dataclass declares, or a value of the wrong type, is an error before anything el
 import argparse
 import dataclasses
 import difflib
+import json
+import logging
 import math
+import os
+import re
 import sys
 import types
 import typing
@@ -24,6 +28,27 @@ from transformers.training_args import trainer_log_levels
 
 from ..trainer import OPTIMIZERS, parse_optim_args
 
+# Options of Transformers' example scripts, and of older TrainingArguments, under other names here.
+RENAMED = {
+    "torch_dtype": "dtype",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "feature_extractor_name": "image_processor_name",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+}
+# Those that have no place here: what to do instead. Where they are false or null they ask for nothing.
+INSTEAD = {
+    "streaming": "examples are read whole; max_train_samples takes fewer",
+    "use_auth_token": "give token, or log in with `hf auth login`",
+    "low_cpu_mem_usage": "leave it out, models are always loaded so",
+    "block_size": "give max_seq_length (run_glue.py); run_clm.py has block_size",
+    "max_seq_length": "give max_length or block_size (run_clm.py); run_glue.py has max_seq_length",
+    "preprocessing_num_workers": "leave it out, examples are prepared in one process",
+    "push_to_hub_model_id": "give hub_model_id",
+    "push_to_hub_token": "give hub_token",
+}
 DO_FLAGS = ("do_train", "do_eval", "do_predict")
 
 
@@ -70,6 +95,7 @@ def parse(
 ) -> tuple[Any, ...]:
     """Read ``[CONFIG.yaml] [--key value ...]`` into one instance of each dataclass.
 
+    The file may be JSON (``.json``) as well. Options of Transformers' example scripts are taken under their names.
     A key that several dataclasses declare goes to all of them. When the command line names another ``optim`` than the
     file, the file's ``optim_args`` belong to the other optimizer and are left out.
 
@@ -90,7 +116,8 @@ def parse(
     hints = {name: hint for cls in dataclass_types for name, hint in _fields(cls).items()}
     names = hints if "warmup_steps" not in hints else {"warmup_ratio": float} | hints
     config = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    from_file = _bridge_versions(_read_yaml(Path(config), names), hints) if config is not None else {}
+    from_file = _bridge_versions(_read_config(Path(config), names), hints) if config is not None else {}
+    argv = _rename_options(argv, hints)
     from_argv = _bridge_versions(_read_command_line(dataclass_types, argv, names, description), hints)
     if from_argv.get("optim", from_file.get("optim")) != from_file.get("optim") and "optim_args" not in from_argv:
         from_file.pop("optim_args", None)
@@ -123,9 +150,9 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     if not _matches(value, hint):
         note = ""
         if isinstance(value, str) and _is_number(value):
-            note = " (YAML reads numbers such as 2e-5 as text: write 2.0e-5, without quotes)"
+            note = " (write it without quotes)"
         elif str in _options(hint) and isinstance(value, bool | int | float):
-            note = " (put it in quotes: YAML reads yes, no, on, off and numbers as such)"
+            note = " (put it in quotes)"
         if isinstance(value, str) and _choices(hint):
             raise InputError(f"{name}: {value!r} is not {_describe(hint)}")
         raise InputError(f"{name}: {value!r} is {_describe(type(value))}, but {_describe(hint)} is needed{note}")
@@ -138,6 +165,7 @@ def run_main(main: Callable[[], Any]) -> None:
 
     What standard output cannot encode is printed as a question mark.
     """
+    _show_information()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -145,6 +173,18 @@ def run_main(main: Callable[[], Any]) -> None:
     except InputError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _show_information() -> None:
+    """Let one process of a job say on stderr what is used, skipped or left out; the others only warn."""
+    ours = logging.getLogger("hf_dualadam")
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    if not ours.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(handler)
+        ours.propagate = False
 
 
 def _fields(cls: type) -> dict[str, Any]:
@@ -221,32 +261,86 @@ def _bridge_versions(values: dict[str, Any], hints: dict[str, Any]) -> dict[str,
     return values
 
 
-def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
+def _rename_options(argv: list[str], hints: dict[str, Any]) -> list[str]:
+    """Give options of Transformers' scripts our names; those that ask for nothing are left out."""
+    renamed: list[str] = []
+    rest = iter(argv)
+    for part in rest:
+        option, equals, value = part.partition("=")
+        name = option.removeprefix("--").replace("-", "_") if option.startswith("--") else ""
+        if name and name not in hints and RENAMED.get(name) in hints:
+            renamed.append(f"--{RENAMED[name]}{equals}{value}")
+            continue
+        if name in INSTEAD and name not in hints:
+            asked = value if equals else next(rest, "true")
+            if asked.lower() not in ("false", "none", "null"):
+                raise InputError(_unknown(name, hints))
+            continue
+        renamed.append(part)
+    return renamed
+
+
+def _read_config(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
+    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
     try:
-        values = _load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        values = _load_json(text) if kind == "JSON" else _load_yaml(text)
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as YAML: {error}") from error
+        raise InputError(f"{path}: cannot be read as {kind}: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: should hold `key: value` lines, but holds {_describe(type(values))}")
-    for key in values:
+    read = {}
+    for key, value in values.items():
+        if key not in hints and RENAMED.get(key) in hints:
+            if RENAMED[key] in values:
+                raise InputError(f"{path}: {key} and {RENAMED[key]} mean the same; give one of them")
+            key = RENAMED[key]
         if key not in hints:
+            if key in INSTEAD and value in (False, None):
+                continue
             raise InputError(f"{path}: {_unknown(str(key), hints)}")
-    return values
+        read[key] = _truth(value, hints[key])
+    return read
+
+
+def _truth(value: Any, hint: Any) -> Any:
+    """YAML 1.1's yes, no, on and off, where true or false is needed and text is not."""
+    if isinstance(value, str) and bool in _options(hint) and str not in _options(hint):
+        return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+    return value
+
+
+def _load_json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if (twice := next((key for key in keys if keys.count(key) > 1), None)) is not None:
+            raise ValueError(f"key {twice!r} is given twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _load_yaml(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_StrictLoader)
     except Exception as error:  # not YAMLError alone: `!!float ""` is an IndexError, [[[[... a RecursionError
         raise ValueError(str(error)) from error
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, refusing a key that is given twice (of which YAML would silently keep the last)."""
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader with the scalars of YAML 1.2, which refuses a key that is given twice.
+
+    In YAML 1.1, PyYAML's, 5e-05 is text, 010 is eight, 1:30 is ninety and no is false.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -254,6 +348,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        """A whole number, in base 8 or 16 only where it says so."""
+        text = self.construct_scalar(node)
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_whole)
 
 
 class _Parser(HfArgumentParser):
@@ -313,6 +427,8 @@ def _structured(convert: Callable[[str], Any] | None) -> Callable[[str], Any]:
 
 
 def _unknown(name: str, hints: dict[str, Any]) -> str:
+    if name in INSTEAD:
+        return f"{name}: no option here: {INSTEAD[name]}"
     close = difflib.get_close_matches(name, hints, n=3)
     return f"unknown option {name!r}" + (f", did you mean {' or '.join(close)}?" if close else " (--help lists all)")
 

@@ -33,9 +33,16 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Training examples, instead of data_dir."})
     validation_file: str | None = field(default=None, metadata={"help": "Held-out examples, instead of data_dir."})
     test_file: str | None = field(default=None, metadata={"help": "Examples to predict, instead of data_dir."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many, chosen at random once."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many, chosen at random once."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first so many."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use at most N examples, a fixed random subset."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use at most N examples, a fixed random subset."}
+    )
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first N examples."})
+    overwrite_cache: bool = field(
+        default=False, metadata={"help": "Changes nothing: examples are prepared anew in every run."}
+    )
 
     def __post_init__(self):
         """Check counts and paths."""

@@ -18,7 +18,14 @@ class ExactEvaluation(Trainer):
 
     The last batches are filled up with examples from the beginning where they do not divide among the processes; the
     loss of those does not count. A subclass says what a loss is the mean over.
+
+    Attributes:
+        evaluated_items: number of items in the latest evaluation.
+        evaluated_examples: number of examples in the latest evaluation.
     """
+
+    evaluated_items: float = 0
+    evaluated_examples: int | None = None
 
     def items(self, inputs: dict[str, Any]) -> int:
         """The number of items whose mean loss the model returns: examples, here."""
@@ -26,11 +33,13 @@ class ExactEvaluation(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's loop, with the mean loss over all items."""
-        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, items
+        # Sum of losses, items, examples.
+        self._evaluated = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, items = self.accelerator.reduce(self._evaluated, "sum").tolist()
-        if items:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / items
+        total, self.evaluated_items, examples = self.accelerator.reduce(self._evaluated, "sum").tolist()
+        self.evaluated_examples = int(examples)
+        if self.evaluated_items:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / self.evaluated_items
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -48,8 +57,10 @@ class ExactEvaluation(Trainer):
             loss_counted = loss
         items = self.items(counted) if rows else 0
         if items:
-            self._evaluated += torch.stack([loss_counted.double() * items, loss.new_tensor(items).double()])
+            self._evaluated[0] += loss_counted.double() * items
+            self._evaluated[1] += items
             self.count(counted)
+        self._evaluated[2] += rows
         return loss, logits, labels
 
     def count(self, inputs: dict[str, Any]) -> None:

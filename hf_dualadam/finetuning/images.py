@@ -43,6 +43,7 @@ class ImageArguments(DataArguments):
     train_dir: str | None = field(default=None, metadata={"help": "Training images, a folder per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "Held-out images, a folder per class."})
     test_dir: str | None = field(default=None, metadata={"help": "Images to predict, in a folder."})
+    image_processor_name: str | None = field(default=None, metadata={"help": "By default the model's."})
     image_column_name: str | None = field(default=None, metadata={"help": "By default the first column of images."})
     label_column_name: str = field(default="label", metadata={"help": "The column of the classes."})
     eval_split: str = field(
@@ -141,7 +142,7 @@ def build(
     config = load_config(model_args)
     classes = _infer_classes(args, sources, config)
     order = model_order(classes, config)
-    processor = _load_processor(model_args, config, args.image_size)
+    processor = _load_processor(args.image_processor_name, model_args, config, args.image_size)
     set_labels(config, order)
     prepared = {
         split: _prepare(source, args, classes, order, to_predict=split == "test") for split, source in sources.items()
@@ -259,11 +260,14 @@ def _label_table(source: Images, column: str) -> Table:
     return Table(source.name, columns, class_names(dataset.features))
 
 
-def _load_processor(args: ModelArguments, config: PretrainedConfig, image_size: int | None) -> Any:
-    """The pretrained model's image processor, or a plain one for a new model: its size, values from -1 to 1."""
+def _load_processor(name: str | None, args: ModelArguments, config: PretrainedConfig, image_size: int | None) -> Any:
+    """The one named, the pretrained model's, or a plain one for a new model: its size, values from -1 to 1."""
     own_size = getattr(config, "image_size", None)
     if image_size is not None and (args.model_name_or_path or own_size is not None):
         raise InputError("image_size: only for a new model whose configuration has none; this one has its own")
+    if name:
+        with loading("image_processor_name", name):
+            return AutoImageProcessor.from_pretrained(name, **args.hub_kwargs)
     if args.model_name_or_path:
         with loading("model_name_or_path", args.model_name_or_path):
             source = processor_source(args, "preprocessor_config.json")

@@ -33,6 +33,18 @@ class ModelArguments:
             "instead of model_name_or_path."
         },
     )
+    model_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train a new model from scratch with the default configuration of this type: gpt2, vit, ..."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Changes of that configuration: n_embd=10,resid_pdrop=0.2 (model_config takes them as YAML)."
+        },
+    )
     config_name: str | None = field(
         default=None,
         metadata={"help": "Hub name or folder of the configuration; alone, a new model is trained from scratch."},
@@ -54,6 +66,15 @@ class ModelArguments:
         given = [name for name in ("model_name_or_path", "model_config") if getattr(self, name)]
         if len(given) == 2:
             raise InputError("model_name_or_path and model_config: give one of them, not both")
+        if self.model_config and self.model_type:
+            raise InputError("model_type and model_config: give one of them; the latter has a key model_type")
+        if self.config_overrides and not self.new_config:
+            raise InputError("config_overrides: only with model_type, and not with model_name_or_path or config_name")
+
+    @property
+    def new_config(self) -> bool:
+        """Whether the configuration is made here, from ``model_config`` or ``model_type``."""
+        return bool(self.model_config or (self.model_type and not self.model_name_or_path and not self.config_name))
 
     @property
     def hub_kwargs(self) -> dict[str, Any]:
@@ -72,13 +93,16 @@ def load_config(args: ModelArguments, **changes: Any) -> PretrainedConfig:
     Raises:
         InputError: there is none, or ``model_config`` names an unknown model type or setting.
     """
-    if args.model_config:
-        return _config_from_mapping(args.model_config, changes)
+    if args.new_config:
+        return _new_config(args, changes)
     name = args.config_name or adapter_base(args) or args.model_name_or_path
     if not name:
         raise InputError("model_name_or_path: missing; give it, or model_config or config_name for a new model")
     with loading("config_name" if args.config_name else "model_name_or_path", name):
-        return AutoConfig.from_pretrained(resolve_model(name), **args.hub_kwargs, **changes)
+        config = AutoConfig.from_pretrained(resolve_model(name), **args.hub_kwargs, **changes)
+    if args.model_type not in (None, config.model_type):
+        raise InputError(f"model_type: {args.model_type!r}, but {name!r} is of type {config.model_type!r}")
+    return config
 
 
 def model_builder(
@@ -199,16 +223,41 @@ def model_card_of_embedded(args: ModelArguments) -> dict[str, str]:
     return {"finetuned_from": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0"}
 
 
-def _config_from_mapping(mapping: dict[str, Any], changes: dict[str, Any]) -> PretrainedConfig:
-    settings = dict(mapping)
-    model_type = settings.pop("model_type", None)
+def _new_config(args: ModelArguments, changes: dict[str, Any]) -> PretrainedConfig:
+    """A configuration of the settings given; ``changes`` are for those that are not."""
+    option, settings = "model_config", dict(args.model_config or {})
+    model_type = settings.pop("model_type", args.model_type)
+    if args.model_type:
+        option = "model_type"
     try:
         known = AutoConfig.for_model(model_type)
     except ValueError:
         raise InputError(
-            f"model_config: model_type {model_type!r} is not known to transformers; bert or vit, for example, are"
+            f"{option}: model_type {model_type!r} is not known to transformers; bert or vit, for example, are"
         ) from None
     unknown = sorted(set(settings) - set(known.to_dict()))
     if unknown:
         raise InputError(f"model_config: {model_type} has no setting {', '.join(unknown)}")
-    return AutoConfig.for_model(model_type, **settings, **changes)
+    overridden = _override(known, args.config_overrides) if args.config_overrides else set()
+    try:
+        config = AutoConfig.for_model(model_type, **(changes | settings))
+        for name in overridden:
+            setattr(config, name, getattr(known, name))
+    except Exception as error:  # configurations check their settings in many ways
+        raise InputError(f"{option}: {model_type}: {error}") from error
+    return config
+
+
+def _override(config: PretrainedConfig, text: str) -> set[str]:
+    """Put ``key=value,...`` into a configuration; returns the keys."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    keys = [key for key, _, _ in pairs]
+    try:
+        if (twice := next((key for key in keys if keys.count(key) > 1), None)) is not None:
+            raise ValueError(f"{twice!r} is given twice")
+        if (bare := next((key for key, equals, _ in pairs if not equals), None)) is not None:
+            raise ValueError(f"{bare!r} has no value; key=value,... is needed")
+        config.update_from_string(text)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config_overrides: {error}") from error
+    return set(keys)

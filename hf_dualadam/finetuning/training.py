@@ -199,7 +199,7 @@ def run(
             with start.refusals():
                 metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
             metrics["total_flos"] = trainer.state.total_flos  # which Trainer's printing takes out of its metrics
-            metrics["train_samples"] = len(task.train_dataset)
+            metrics["train_samples"] = len(trainer.train_dataset)
             if write:
                 trainer.save_model()
         else:
@@ -351,18 +351,24 @@ def _evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
     metrics: dict[str, float] = {}
     eval_datasets = {suffix: task.eval_view(dataset) for suffix, dataset in task.eval_datasets.items()}
     if trainer.args.do_train:
-        count = min(len(task.train_dataset), max(map(len, eval_datasets.values())))
-        rows = np.sort(np.random.default_rng(0).permutation(len(task.train_dataset))[:count])
+        kept = np.asarray(getattr(trainer, "kept", range(len(task.train_dataset))))  # TRL drops some
+        count = min(len(kept), max(map(len, eval_datasets.values())))
+        rows = np.sort(kept[np.random.default_rng(0).permutation(len(kept))[:count]])
         metrics |= trainer.evaluate(task.eval_view(task.train_dataset.select(rows)), metric_key_prefix=TRAIN_EVAL)
-        metrics[f"{TRAIN_EVAL}_samples"] = count
+        metrics[f"{TRAIN_EVAL}_samples"] = _evaluated(trainer, count)
     for suffix, dataset in eval_datasets.items():
         results = trainer.evaluate(dataset)
         names = [key.removeprefix("eval_") for key in results if key != "epoch"]
         metrics |= {key if key == "epoch" else key + suffix: value for key, value in results.items()}
-        metrics[f"eval_samples{suffix}"] = len(dataset)
+        metrics[f"eval_samples{suffix}"] = _evaluated(trainer, len(dataset))
         if trainer.args.do_train:
             metrics |= generalization_gap(metrics, [name for name in names if not name.startswith(SPEED)], suffix)
     return metrics
+
+
+def _evaluated(trainer: Trainer, given: int) -> int:
+    """The number of examples in the latest evaluation, which a trainer may have joined, or dropped some of."""
+    return given if (count := getattr(trainer, "evaluated_examples", None)) is None else count
 
 
 def _predict(trainer: Trainer, task: Task, write: bool) -> dict[str, float]:

@@ -15,7 +15,7 @@ pytest.importorskip("peft", reason="the extra [clm] is not installed")
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: E402
 
 from hf_dualadam import DualAdam  # noqa: E402
-from hf_dualadam.finetuning import clm  # noqa: E402
+from hf_dualadam.finetuning import clm, perplexity  # noqa: E402
 from hf_dualadam.finetuning.config import InputError, parse  # noqa: E402
 from hf_dualadam.finetuning.models import ModelArguments, load_config  # noqa: E402
 from hf_dualadam.finetuning.training import RunArguments  # noqa: E402
@@ -60,7 +60,16 @@ def text_run(script, data, tmp_path_factory):
     """A new model trained on texts, without packing: batches hold different numbers of tokens."""
     folder = tmp_path_factory.mktemp("text_run")
     files = ["--train_file", str(data / "train.jsonl"), "--validation_file", str(data / "validation.parquet")]
-    options = ["--per_device_eval_batch_size", "3", "--max_length", "48", "--eval_strategy", "no"]
+    options = [
+        "--per_device_eval_batch_size",
+        "3",
+        "--max_length",
+        "48",
+        "--eval_strategy",
+        "no",
+        "--packing",
+        "false",
+    ]
     return script.main([*NEW_MODEL, *files, *options, *SHORT, "--output_dir", str(folder)]), folder
 
 
@@ -77,7 +86,7 @@ def test_run_leaves_the_files_of_the_other_scripts(text_run):
     assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]))
     gap = results["eval_perplexity"] - results["train_eval_perplexity"]
     assert results["generalization_gap_perplexity"] == pytest.approx(gap)
-    assert not {name for name in results if name.endswith(clm.TRL_METRICS)}
+    assert not {name for name in results if name.endswith(perplexity.TRL_METRICS)}
     for name in ("model.safetensors", "tokenizer.json", "learning_curves.png", "README.md", "trainer_state.json"):
         assert (folder / name).exists(), name
 

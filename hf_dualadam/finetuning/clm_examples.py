@@ -1,0 +1,107 @@
+"""Texts, prompts with completions, and chats for language models, as TRL wants them and checked row by row."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from .config import InputError
+from .labels import texts
+from .perplexity import ROW
+from .tables import Table
+
+logger = logging.getLogger(__name__)
+
+CHAT_OPTIONS = ("tools", "chat_template_kwargs")
+
+
+def read_text(path: Path, *, keep_linebreaks: bool = True) -> Table:
+    """Texts separated by blank lines, or a text a line where there is no blank line.
+
+    Args:
+        path: a .txt file in UTF-8.
+        keep_linebreaks: otherwise the lines of a text are joined with blanks.
+
+    Raises:
+        InputError: it cannot be read, or holds no text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    parts = [part.strip("\n") for part in re.split(r"\n[ \t]*\n", content)]
+    parts = [part for part in parts if part.strip()]
+    if len(parts) == 1:
+        parts = [line for line in parts[0].split("\n") if line.strip()]
+    if not parts:
+        raise InputError(f"{path}: holds no text")
+    return Table(str(path), {"text": parts if keep_linebreaks else [" ".join(part.split("\n")) for part in parts]})
+
+
+def examples(table: Table, text_column: str) -> Dataset:
+    """The columns that say what is to be learned, the options of chats, and the rows' numbers.
+
+    Args:
+        table: with prompt and completion, or messages, or ``text_column``; more columns are left out, and the log
+            says which.
+        text_column: the column of plain texts, which counts last.
+
+    Raises:
+        InputError: there is no known set of columns, or a row holds something else than is needed there.
+    """
+    if "text" in table.columns and text_column not in table.columns and len(table.columns) == 1:
+        text_column = "text"
+    known = (("prompt", "completion"), ("messages",), (text_column,))
+    columns = next((names for names in known if set(names) <= set(table.columns)), None)
+    if columns is None:
+        there = ", ".join(table.columns) or "none"
+        raise InputError(
+            f"{table.name}: has neither prompt and completion, nor messages, nor {text_column!r} (dataset_text_field) "
+            f"among its columns: {there}"
+        )
+    table.require(columns)
+    chats = [name for name in columns if name == "messages" or isinstance(table.columns[name][0], list)]
+    for column in columns:
+        if column in chats:
+            _check_chats(table, column)
+        else:
+            texts(table, column)
+    found = {column: table.columns[column] for column in columns}
+    options = [name for name in CHAT_OPTIONS if chats and name in table.columns]
+    found |= {name: _option(table, name) for name in options}
+    unused = [name for name in table.columns if name not in found]
+    if unused:
+        logger.info(f"{table.name}: the columns {', '.join(map(repr, columns))} are used, not {', '.join(unused)}")
+    return Dataset.from_dict(found | {ROW: list(range(len(table)))})
+
+
+def _check_chats(table: Table, column: str) -> None:
+    for row, chat in enumerate(table.columns[column]):
+        reason = None
+        if not isinstance(chat, list) or not chat:
+            reason = f"{chat!r}, a list of messages is needed"
+        else:
+            wrong = next((m for m in chat if not isinstance(m, dict) or not isinstance(m.get("role"), str)), None)
+            if wrong is not None:
+                reason = f"the message {wrong!r}, an object with role and content is needed"
+        if reason:
+            raise InputError(f"{table.name}: column {column!r} holds {reason[:300]} in row {row}")
+
+
+def _option(table: Table, name: str) -> list[Any]:
+    """Tools as text, so that no column type changes them; options of the template with the same keys in all rows."""
+    values = list(table.columns[name])
+    if name == "tools":
+        return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    values = [value or {} for value in values]
+    for row, value in enumerate(values):
+        if not isinstance(value, dict) or value.keys() != values[0].keys():
+            keys = ", ".join(values[0]) or "none"
+            raise InputError(
+                f"{table.name}: column {name!r} holds {value!r} in row {row}; needed: an object with the keys of "
+                f"row 0, {keys}"
+            )
+    return values

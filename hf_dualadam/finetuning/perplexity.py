@@ -1,0 +1,191 @@
+"""TRL's SFTTrainer with exact perplexities and texts joined into blocks; it says which examples are dropped."""
+
+import copy
+import logging
+import math
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import SFTTrainer
+
+from .config import InputError
+from .exact_loss import ExactEvaluation
+
+logger = logging.getLogger(__name__)
+
+TRL_METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
+# The column with the rows' numbers in their file.
+ROW = "row"
+
+
+class PerplexityTrainer(ExactEvaluation, SFTTrainer):
+    """SFTTrainer whose evaluation is per token: loss and perplexity, and those of a unigram model beside them.
+
+    Trainer averages the mean losses of batches; with texts of different lengths, or few completion tokens in a batch,
+    that is not the loss per token. TRL's own evaluation metrics (means over batches too) are left out.
+
+    Args:
+        longest: the most tokens that model and tokenizer take, or None; ``args.max_length`` is lowered to it.
+        join_texts: join texts into blocks of ``args.max_length`` tokens.
+        block_size: in place of ``args.max_length``.
+        names: files or hub splits of "train" and "validation", for messages.
+        prepared: keeps prepared examples for further trainers of the same task, options and tokenizer.
+        train_dataset: examples with a column :data:`ROW`, or None to evaluate only.
+        eval_dataset: the same, held out.
+        args: TRL's arguments.
+        kwargs: those of SFTTrainer.
+
+    Raises:
+        InputError: an example cannot be prepared, or none is left.
+    """
+
+    unigram_perplexity: float | None = None  # on the tokens of the latest evaluation; None without training examples
+
+    def __init__(
+        self,
+        *,
+        train_dataset: Dataset | None,
+        eval_dataset: Dataset | None,
+        args: Any,
+        longest: int | None = None,
+        join_texts: bool = False,
+        block_size: int | None = None,
+        names: dict[str, str] | None = None,
+        prepared: dict[Any, Dataset] | None = None,
+        **kwargs: Any,
+    ):
+        self._unigram_log_probs: torch.Tensor | None = None
+        self._beginning = True
+        self._names, self._prepared = names or {}, {} if prepared is None else prepared
+        args.max_length = block_size or args.max_length
+        if longest is not None and (args.max_length is None or args.max_length > longest):
+            logger.info(f"max_length: {longest}, the most that the model and its tokenizer take")
+            args.max_length = longest
+        if join_texts:
+            args.packing, args.packing_strategy = True, "wrapped"
+        # SFTTrainer wants training examples, even to evaluate only.
+        given = eval_dataset if train_dataset is None else train_dataset
+        super().__init__(train_dataset=given, eval_dataset=eval_dataset, args=args, **kwargs)
+        self._beginning = False
+        if train_dataset is not None:
+            rows = self.train_dataset[ROW] if ROW in self.train_dataset.column_names else None
+            places = {row: place for place, row in enumerate(train_dataset[ROW])} if rows is not None else {}
+            # Which of the training examples are left; packing drops none.
+            self.kept = [places[row] for row in rows] if rows is not None else list(range(len(train_dataset)))
+            self._unigram_log_probs = self._fit_unigram_model()
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """TRL's, in two steps: all tokens, then what is left of them; kept for the next trainer of the same task."""
+        if "input_ids" in dataset.column_names:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        key = (dataset_name, dataset._fingerprint, packing, args.packing_strategy, args.max_length, args.seed)
+        if key not in self._prepared:
+            name = self._names.get("train" if dataset_name == "train" else "validation", dataset_name)
+            whole = copy.copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            try:
+                tokens = super()._prepare_dataset(
+                    dataset, processing_class, whole, False, formatting_func, dataset_name
+                )
+            except Exception as error:
+                raise InputError(self._first_failure(dataset, name, error)) from error
+            left = super()._prepare_dataset(tokens, processing_class, args, packing, formatting_func, dataset_name)
+            if self._beginning:  # later ones are parts of these
+                _say_what_is_left(name, tokens, left, args.max_length, packing)
+            self._prepared[key] = left
+        return self._prepared[key]
+
+    def _first_failure(self, dataset: Dataset, name: str, error: Exception) -> str:
+        """The message about an example that the chat template or tokenizer refuses."""
+        reason = " ".join(str(error).split())[:300]
+        for row in dataset:
+            chat = row.get("messages") or row.get("prompt")
+            if isinstance(chat, list):
+                try:
+                    self.processing_class.apply_chat_template(
+                        chat, tokenize=False, **row.get("chat_template_kwargs", {})
+                    )
+                except Exception as failure:
+                    return f"{name}: row {row[ROW]}: {' '.join(str(failure).split())[:300]}"
+        return f"{name}: {reason}"
+
+    def _fit_unigram_model(self) -> torch.Tensor:
+        """Log-probability of each token by its share of the training targets, every count raised by one."""
+        counts = torch.ones(len(self.processing_class), dtype=torch.float64)
+        for labels in self.train_dataset.with_format("torch")["labels"]:
+            counts += torch.bincount(labels[labels >= 0], minlength=len(counts))
+        return (counts / counts.sum()).log()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Trainer's, for texts too: TRL prepares them only where ``evaluate`` is called."""
+        if isinstance(eval_dataset, Dataset):
+            packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+            eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, packing, None, "eval")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Evaluate, without TRL's metrics."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return {name: value for name, value in metrics.items() if not name.endswith(TRL_METRICS)}
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """The loss per token, and the perplexities."""
+        self._unigram_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_perplexity"] = _exp(output.metrics[f"{metric_key_prefix}_loss"])
+        if self._unigram_log_probs is not None:
+            total = self.accelerator.reduce(self._unigram_loss, "sum").item()
+            self.unigram_perplexity = _exp(total / self.evaluated_items)
+        return output
+
+    def items(self, inputs: dict[str, Any]) -> int:
+        """The number of targets: the first token of a row is none."""
+        return int((inputs["labels"][:, 1:] >= 0).sum())
+
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Add up the loss of the unigram model."""
+        if self._unigram_log_probs is not None:
+            targets = inputs["labels"][:, 1:]
+            self._unigram_loss -= self._unigram_log_probs[targets[targets >= 0].cpu()].sum()
+
+
+def _say_what_is_left(name: str, whole: Dataset, left: Dataset, max_length: int | None, packing: bool) -> None:
+    """Log the share of tokens that is used, and how many examples are dropped.
+
+    Raises:
+        InputError: there is nothing to learn from.
+    """
+    targets = _count_targets(left)
+    if not targets:
+        lengths = [len(ids) for ids in whole["input_ids"]]
+        raise InputError(
+            f"{name}: no example is left: within max_length={max_length} tokens there is nothing to learn; the "
+            f"shortest of {len(lengths)} has {min(lengths, default=0)} tokens (row {_shortest(whole, lengths)})"
+        )
+    dropped = len(whole) - len(left)
+    if not packing and dropped:
+        logger.warning(
+            f"{name}: {dropped} of {len(whole)} examples dropped: within max_length={max_length} tokens there is "
+            "nothing to learn from them"
+        )
+    share = targets / max(1, _count_targets(whole))
+    if share < 1 or packing:
+        blocks = f" in {len(left)} blocks of {max_length} tokens" if packing else f" within max_length={max_length}"
+        logger.log(
+            logging.INFO if share > 0.9 else logging.WARNING, f"{name}: {share:.1%} of the tokens are used,{blocks}"
+        )
+
+
+def _count_targets(dataset: Dataset) -> int:
+    return sum(sum(label >= 0 for label in labels[1:]) for labels in dataset["labels"])
+
+
+def _shortest(dataset: Dataset, lengths: list[int]) -> int | None:
+    if not lengths or ROW not in dataset.column_names:
+        return None
+    return dataset[ROW][lengths.index(min(lengths))]
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
