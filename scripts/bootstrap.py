@@ -21,7 +21,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-QUALITY = (("ruff", "check", "."), ("ruff", "format", "--check", "."))  # the Makefile's `quality`
+QUALITY = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))  # the Makefile's `quality`
 QUICKSTARTS = {"glue": "run_glue.py", "vision": "run_image_classification.py", "clm": "run_clm.py"}
 
 
