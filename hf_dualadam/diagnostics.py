@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .functional import StepScalars, component_norms, step_scalars
+from .kernels import part_norms
 from .optimizers import DualAdam
-from .states import format_of, local_tensor
+from .states import HALF_DTYPES, format_of, local_tensor
 
 _OPTIONS = ("betas", "eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
-# Elements that are measured at a time: on the CPU as many as stay in a core's cache, elsewhere what one launch is for.
+# Elements that are measured at a time without the kernel: on the CPU, few enough to stay in a core's cache.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**14, 2**24
 # Sums of float32 squares are right for values of a root mean square between these, and d is measured as _SCALE * d, so
 # that m/d (about 1) and m*d (down to 1e-25, from gradients of 3e-13) both are. What is not is measured in float64.
@@ -90,10 +91,11 @@ class _Parameter:
         self.scalars: StepScalars = step_scalars(self.step, lr=self.lr, **options)
         self._state = state
 
-    def moments(self) -> list[Tensor]:
-        """Both moments, flat, as they are stored or decoded."""
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The parameter and both moments, as they are stored or decoded."""
         names = ("exp_avg", "exp_avg_sq")
-        return [local_tensor(format_of(self._state, name).decode(self._state, name)).reshape(-1) for name in names]
+        exp_avg, exp_avg_sq = (local_tensor(format_of(self._state, n).decode(self._state, n)) for n in names)
+        return local_tensor(self.param), exp_avg, exp_avg_sq
 
     def parts(self, adam: float, inverse: float, first: float, size: float) -> Tensor:
         """Squared norms of this parameter's parts of the update, from those of m/d, m*d, m and the parameter.
@@ -117,37 +119,51 @@ class _Parameter:
 
 def _squares(parameters: list[_Parameter]) -> list[list[float]]:
     """Squared norms of m/d, m*d, m and the parameter, for each of them."""
-    blocks = [(index, _block_norms(*moments, s)) for index, moments, s in _blocks(parameters)]
-    sizes = [_norm(local_tensor(parameter.param)) for parameter in parameters]
-    home = sizes[0].device
-    table = torch.zeros(len(parameters), 4, dtype=_sum_dtype(home), device=home)
-    if blocks:
-        rows = torch.stack([norms.to(home) for _, norms in blocks]).to(table.dtype).square()
-        table[:, :3].index_add_(0, torch.tensor([index for index, _ in blocks], device=home), rows)
-    table[:, 3] = torch.stack([size.to(home) for size in sizes]).to(table.dtype).square()
-    _add_shards(table, parameters)
-    squares = table.tolist()
-    for row, parameter in zip(squares, parameters):
-        if all(_SMALLEST_RMS**2 < value / parameter.param.numel() < _LARGEST_RMS**2 for value in row[:3]):
-            row[0] *= _SCALE**2
-            row[1] /= _SCALE**2
+    rows, places, others = [], [], []
+    for place, parameter in enumerate(parameters):
+        tensors, s = parameter.tensors(), parameter.scalars
+        if part_norms.is_supported(*tensors):
+            rows.append((*tensors, s.bias2_rsqrt, s.eps))
+            places.append(place)
         else:
+            others.append(place)
+    table = torch.zeros(len(parameters), 4, dtype=torch.float64)
+    if rows:
+        table[places] = torch.tensor(part_norms.squares(rows), dtype=torch.float64)
+    if others:
+        table[others] = _squares_in_blocks([parameters[place] for place in others])
+    _add_shards(table, parameters)
+    squares: list[list[float]] = table.tolist()
+    for row, parameter in zip(squares, parameters):
+        means = [square / scale / parameter.param.numel() for square, scale in zip(row, (_SCALE**2, _SCALE**-2, 1))]
+        if not all(_SMALLEST_RMS**2 < mean < _LARGEST_RMS**2 for mean in means):
             row[:3] = _exact_squares(parameter)
     return squares
 
 
-def _blocks(parameters: list[_Parameter]) -> Iterator[tuple[int, tuple[Tensor, Tensor], StepScalars]]:
-    for index, parameter in enumerate(parameters):
-        exp_avg, exp_avg_sq = parameter.moments()
+def _squares_in_blocks(parameters: list[_Parameter]) -> Tensor:
+    """The same without the kernel, as a table in float64 on the CPU: of this process's shards."""
+    places, norms, sizes = [], [], []
+    for place, parameter in enumerate(parameters):
+        param, exp_avg, exp_avg_sq = parameter.tensors()
+        sizes.append(torch.linalg.vector_norm(param, dtype=torch.promote_types(param.dtype, torch.float32)))
         size = _CPU_BLOCK if exp_avg.device.type == "cpu" else _DEVICE_BLOCK
-        if exp_avg.numel():
-            for block in zip(exp_avg.split(size), exp_avg_sq.split(size)):
-                yield index, block, parameter.scalars
+        for block in zip(exp_avg.reshape(-1).split(size), exp_avg_sq.reshape(-1).split(size)):
+            norms.append(_block_norms(*block, parameter.scalars))
+            places.append(place)
+    home = sizes[0].device
+    columns = torch.stack([norm.to(home) for norm in norms]).cpu().double()
+    columns[:, 0] *= _SCALE
+    columns[:, 1] /= _SCALE
+    table = torch.zeros(len(parameters), 4, dtype=torch.float64)
+    table[:, :3].index_add_(0, torch.tensor(places), columns.square())
+    table[:, 3] = torch.stack([size.to(home) for size in sizes]).cpu().double().square()
+    return table
 
 
 def _block_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
     """Norms of m/d / _SCALE, m*d * _SCALE and m; shape (3,)."""
-    if exp_avg.dtype in (torch.float16, torch.bfloat16):
+    if exp_avg.dtype in HALF_DTYPES:
         exp_avg, exp_avg_sq = exp_avg.float(), exp_avg_sq.float()
     denom = exp_avg_sq.sqrt().mul_(_SCALE * s.bias2_rsqrt).add_(_SCALE * s.eps)
     adam = exp_avg / denom
@@ -156,30 +172,23 @@ def _block_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
 
 def _exact_squares(parameter: _Parameter) -> list[float]:
     """Squared norms of m/d, m*d and m where their sums do not fit float32."""
-    exp_avg, exp_avg_sq = parameter.moments()
-    dtype = _sum_dtype(exp_avg.device)
+    _, exp_avg, exp_avg_sq = parameter.tensors()
+    dtype = torch.float32 if exp_avg.device.type == "mps" else torch.float64  # MPS has no float64
     exp_avg, exp_avg_sq = exp_avg.to(dtype), exp_avg_sq.to(dtype)
     unnormalized = parameter.scalars._replace(normalize_inverse=False)
     norms = [*component_norms(exp_avg, exp_avg_sq, unnormalized)[:2], torch.linalg.vector_norm(exp_avg)]
-    table = torch.stack(norms).square().unsqueeze(0)
+    table = torch.stack(norms).cpu().double().square().unsqueeze(0)
     _add_shards(table, [parameter])
     return table[0].tolist()
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-
-
 def _add_shards(table: Tensor, parameters: list[_Parameter]) -> None:
     """Add up, over the processes that share a DTensor, its row of the table; one reduction for all that lie alike."""
-    alike = defaultdict(list)
-    for index, parameter in enumerate(parameters):
-        if hasattr(parameter.param, "to_local"):
-            alike[parameter.param.device_mesh, tuple(parameter.param.placements)].append(index)
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for place, parameter in enumerate(parameters):
+        param: Any = parameter.param
+        if hasattr(param, "to_local"):
+            alike[param.device_mesh, tuple(param.placements)].append(place)
     for (mesh, placements), rows in alike.items():
         from torch.distributed.tensor import DTensor, Partial, Replicate
 

@@ -5,6 +5,7 @@ import torch
 
 from hf_dualadam import DualAdam, InvAdam
 from hf_dualadam.diagnostics import InverseStatistics, inverse_statistics
+from hf_dualadam.kernels import cpu, part_norms
 
 
 def _expected(optimizer):
@@ -54,6 +55,15 @@ def _run(cls=DualAdam, dtype=torch.float32, size=1.0, steps=3, **options):
     return optimizer
 
 
+@pytest.fixture(params=["kernel", "blocks"], autouse=True)
+def way(request, monkeypatch):
+    """With the kernel, where it is built, and without."""
+    if request.param == "blocks":
+        monkeypatch.setattr(part_norms, "is_supported", lambda *tensors: False)
+    elif cpu.load() is None:
+        pytest.skip("the CPU kernel is not built")
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_figures_are_the_formulas(dtype, normalize):
@@ -61,7 +71,7 @@ def test_figures_are_the_formulas(dtype, normalize):
         rate = {"switch_rate": 0.125} if cls is DualAdam else {}
         optimizer = _run(cls, dtype, normalize_inverse=normalize, inverse_scale=3.0, **rate)
         before = torch.cat([moment.flatten() for p in optimizer.state for moment in optimizer.moments(p)])
-        assert inverse_statistics(optimizer) == pytest.approx(_expected(optimizer), rel=1e-5)
+        assert tuple(inverse_statistics(optimizer)) == pytest.approx(tuple(_expected(optimizer)), rel=1e-5)
         after = torch.cat([moment.flatten() for p in optimizer.state for moment in optimizer.moments(p)])
         assert torch.equal(before, after)
 
@@ -69,13 +79,13 @@ def test_figures_are_the_formulas(dtype, normalize):
 @pytest.mark.parametrize("size", [1e-17, 1e-14, 1e-9, 1e-4, 1e2, 1e7, 1e12])
 def test_gradients_of_any_size(size):
     optimizer = _run(size=size)
-    assert inverse_statistics(optimizer) == pytest.approx(_expected(optimizer), rel=1e-5)
+    assert tuple(inverse_statistics(optimizer)) == pytest.approx(tuple(_expected(optimizer)), rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"state_bits": 8}, {"switch_rate": 1.0}, {"inverse_scale": 0.0}])
 def test_kinds_of_state_and_parts_that_are_off(options):
     optimizer = _run(**options)
-    assert inverse_statistics(optimizer) == pytest.approx(_expected(optimizer), rel=1e-5)
+    assert tuple(inverse_statistics(optimizer)) == pytest.approx(tuple(_expected(optimizer)), rel=1e-5)
 
 
 def test_gradients_of_zero_and_no_step_at_all():
@@ -93,3 +103,13 @@ def test_what_is_not_finite_is_shown():
         state["exp_avg"].fill_(float("nan"))
     statistics = inverse_statistics(optimizer)
     assert statistics.relative_step != statistics.relative_step
+
+
+def test_one_thread_and_two_give_the_same_figures():
+    optimizer, threads = _run(), torch.get_num_threads()
+    figures = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        figures.append(inverse_statistics(optimizer))
+    torch.set_num_threads(threads)
+    assert tuple(figures[0]) == pytest.approx(tuple(figures[1]), rel=1e-6)
