@@ -50,7 +50,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-KERNEL_SOURCES = ["hf_dualadam/kernels/dual_update.c", "hf_dualadam/kernels/formula.h"]
+KERNEL_SOURCES = [f"hf_dualadam/kernels/{name}" for name in ("dual_update.c", "formula.h", "formats.h")]
 SOURCES_CHECKSUM = zlib.crc32(b"".join((HERE / path).read_bytes() for path in KERNEL_SOURCES))
 
 KERNEL = Extension(

@@ -99,7 +99,7 @@ def update(batches: Batches) -> Batches:
 def _take(item: Item, group: Group) -> Operands | None:
     """The tensors that hold the numbers, if the kernel can update them."""
     found = operands(*item, group["normalize_inverse"])
-    if found is None:
+    if found is None or "weight_correction" in item[2]:
         return None
     param, grad, exp_avg, exp_avg_sq, step = found
     state_dtype = torch.float32 if param.dtype == torch.float16 else param.dtype

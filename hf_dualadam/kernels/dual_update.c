@@ -1,5 +1,8 @@
 /* One step of DualAdam over all tensors of an optimizer, one pass over memory: the CPU kernel of hf_dualadam.
  *
+ * In this order: the tables that cpu.py fills, the formula (formula.h), the formats of what is stored (formats.h), the
+ * two in one pass over a chunk, the scalars of a step, and the division of all chunks among threads.
+ *
  * Plain C, with no header of torch or Python, so one build fits every version of either. It links no OpenMP runtime:
  * cpu.py hands over the entry point of the one that torch has loaded, so that there is never a second one.
  */
@@ -12,87 +15,53 @@
 #ifndef SOURCES_CHECKSUM
 #define SOURCES_CHECKSUM 0u
 #endif
-/* CRC-32 of this file and formula.h as setup.py has found them; cpu.py compares it with the files beside the kernel. */
+/* CRC-32 of these sources as setup.py has found them; cpu.py compares it with the files beside the kernel. */
 const uint32_t dual_update_sources = SOURCES_CHECKSUM;
 
 #define INLINE inline __attribute__((always_inline))
-#define CHUNK 32768 /* elements that one thread takes at a time; p, g, m and v of one float32 chunk are 512 KiB */
-#define BLOCK 128   /* elements that are widened from half precision at a time */
-#define LANES 32    /* partial sums that squares are added up in: enough for several vectors */
+#define ALIGNED __attribute__((aligned(64)))
+#define BLOCK 128  /* elements that are read, updated and written at a time; of 8-bit moments, those of one scale */
+#define CHUNK 256  /* blocks that one thread takes at a time; p, g, m and v of one float32 chunk are 512 KiB */
+#define LANES 32   /* partial sums that squares are added up in: enough for several vectors */
+#define OCTAVES 40 /* range of the codes of exp_avg_sq within a block */
+#define DITHERED_CODES 16 /* codes of exp_avg below this are not rounded to nearest */
 
 /* Instruction sets to choose from at load time, where the compiler and the C library can. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
 #endif
 
-/* The rows that cpu.py fills: one per tensor, one per parameter group. All fields are 8 bytes wide. */
+/* ---- the tables: a row per tensor and one per parameter group. All fields are 8 bytes wide ---- */
+
 typedef struct {
     void *param, *grad, *exp_avg, *exp_avg_sq;
+    void *correction;                                       /* of 16-bit weights; else NULL */
+    float *exp_avg_scale, *exp_avg_sq_min, *exp_avg_sq_max; /* of 8-bit moments; else NULL */
     float *step;
     int64_t size; /* of the parameter, in bytes */
-    int64_t dtype, group;
+    int64_t row;  /* elements that blocks do not cross: with 8-bit moments, all that lies behind the first dimension */
+    int64_t dtype, moments_dtype, correction_bits, group;
 } Tensor;
 
 typedef struct {
     double lr, beta1, beta2, eps, weight_decay, switch_rate, inverse_scale, normalize_inverse, maximize;
 } Group;
 
+enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, CODES };
+static const int64_t itemsizes[] = {4, 8, 2, 2};
+
 typedef struct {
     double beta1, beta2, eps, sign, decay, step_size, bias2_rsqrt, adam_weight, inverse_weight;
     double norm_ratio; /* rescales m*d to the norm of m/d; 1 unless the inverse update is normalized */
-    int moments_done;  /* m and v are those of this step already: the pass over the norms has updated them */
+    float step;
+    int moments_done; /* m and v are those of this step already: the pass over the norms has stored them */
 } StepScalars;
 
-enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-static const int64_t itemsizes[] = {4, 8, 2, 2};
-
-/* ---- half precision: conversions to and from float, to nearest even, without branches ---- */
-
-static INLINE float as_float(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static INLINE uint32_t as_bits(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static INLINE float from_bfloat16(uint16_t x)
-{
-    return as_float((uint32_t)x << 16);
-}
-
-static INLINE uint16_t to_bfloat16(float x)
-{
-    const uint32_t bits = as_bits(x); /* NaN stays NaN: from arithmetic on bfloat16, its low bits are 0 */
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-static INLINE float from_float16(uint16_t x)
-{
-    const uint32_t magnitude = x & 0x7fff, sign = (uint32_t)(x & 0x8000) << 16;
-    const uint32_t normal = (magnitude << 13) + (112u << 23);         /* exponent bias 15 to 127 */
-    const uint32_t subnormal = as_bits((float)(int32_t)magnitude * 0x1p-24f);
-    const uint32_t infinite = (magnitude << 13) | 0x7f800000;         /* or NaN */
-    return as_float(sign | (magnitude >= 0x7c00 ? infinite : magnitude < 0x0400 ? subnormal : normal));
-}
-
-static INLINE uint16_t to_float16(float x)
-{
-    const uint32_t bits = as_bits(x), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
-    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000; /* 0.5 shifts the mantissa in place */
-    const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-    const uint32_t infinite = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    return (uint16_t)(sign | (magnitude >= 0x477ff000 ? infinite : finite)); /* 65520 and more round to infinity */
-}
+typedef struct {
+    double adam[LANES], inverse[LANES]; /* sums of the squares of m/d and of m*d */
+} Squares;
 
 /* ---- the formula, in float and in double ---- */
 
@@ -109,118 +78,188 @@ static INLINE uint16_t to_float16(float x)
 #define SQRT sqrt
 #include "formula.h"
 
-/* ---- the elements [begin, end) of a tensor, per dtype ---- */
+/* ---- the formats ---- */
 
-static CLONES void update_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
-{
-    update_float((float *)t->param + begin, (float *)t->grad + begin, (float *)t->exp_avg + begin,
-                 (float *)t->exp_avg_sq + begin, end - begin, s);
-}
+#include "formats.h"
 
-static CLONES void norms_float32(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
-{
-    norms_float((float *)t->grad + begin, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, end - begin, s,
-                sums);
-}
+/* ---- one pass over the blocks [begin, end) of a tensor ---- */
 
-static CLONES void update_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
-{
-    update_double((double *)t->param + begin, (double *)t->grad + begin, (double *)t->exp_avg + begin,
-                  (double *)t->exp_avg_sq + begin, end - begin, s);
-}
-
-static CLONES void norms_float64(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
-{
-    norms_double((double *)t->grad + begin, (double *)t->exp_avg + begin, (double *)t->exp_avg_sq + begin, end - begin,
-                 s, sums);
-}
-
-/* Half precision is widened to float a block at a time; the blocks stay in the first-level cache. */
-
-static INLINE void widen(float *restrict to, const void *from, int64_t begin, int64_t n, int bfloat16)
-{
-    const uint16_t *restrict half = (const uint16_t *)from + begin;
-    for (int64_t i = 0; i < n; i++)
-        to[i] = bfloat16 ? from_bfloat16(half[i]) : from_float16(half[i]);
-}
-
-static INLINE void narrow(void *to, const float *restrict from, int64_t begin, int64_t n, int bfloat16)
-{
-    uint16_t *restrict half = (uint16_t *)to + begin;
-    for (int64_t i = 0; i < n; i++)
-        half[i] = bfloat16 ? to_bfloat16(from[i]) : to_float16(from[i]);
-}
-
-static INLINE void update_half_block(const Tensor *t, int64_t begin, int64_t n, const StepScalars *s, int bfloat16)
-{
+typedef struct {
     float param[BLOCK], grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
-    widen(param, t->param, begin, n, bfloat16);
-    widen(grad, t->grad, begin, n, bfloat16);
-    if (bfloat16) {
-        widen(exp_avg, t->exp_avg, begin, n, bfloat16);
-        widen(exp_avg_sq, t->exp_avg_sq, begin, n, bfloat16);
-        update_float(param, grad, exp_avg, exp_avg_sq, n, s);
-        narrow(t->exp_avg, exp_avg, begin, n, bfloat16);
-        narrow(t->exp_avg_sq, exp_avg_sq, begin, n, bfloat16);
+} Buffers;
+
+/* Floats as they lie in memory, or else read into the buffer. */
+static INLINE float *read_floats(const void *from, int64_t dtype, int64_t i, float *buffer, int64_t n)
+{
+    if (dtype == FLOAT32)
+        return (float *)from + i;
+    if (dtype == BFLOAT16)
+        read_bfloat16(buffer, (const uint16_t *)from + i, n);
+    else
+        read_float16(buffer, (const uint16_t *)from + i, n);
+    return buffer;
+}
+
+static INLINE float *read_params(const Tensor *t, int64_t i, float *buffer, int64_t n)
+{
+    float *params = read_floats(t->param, t->dtype, i, buffer, n);
+    if (t->correction_bits == 8 && t->dtype == BFLOAT16)
+        add_bfloat16_corrections(params, (int8_t *)t->correction + i, 8, n);
+    else if (t->correction_bits == 16 && t->dtype == BFLOAT16)
+        add_bfloat16_corrections(params, (int16_t *)t->correction + i, 16, n);
+    else if (t->correction_bits == 8)
+        add_float16_corrections(params, (int8_t *)t->correction + i, 8, n);
+    else if (t->correction_bits == 16)
+        add_float16_corrections(params, (int16_t *)t->correction + i, 16, n);
+    return params;
+}
+
+static INLINE void write_params(const Tensor *t, int64_t i, const float *params, float step, int64_t n)
+{
+    uint16_t *to = (uint16_t *)t->param + i;
+    if (t->dtype == FLOAT32)
+        return;
+    if (t->dtype == BFLOAT16) {
+        if (t->correction_bits == 8)
+            write_corrected_bfloat16(to, (int8_t *)t->correction + i, 8, params, step, n);
+        else if (t->correction_bits == 16)
+            write_corrected_bfloat16(to, (int16_t *)t->correction + i, 16, params, step, n);
+        else
+            write_bfloat16(to, params, n);
+        return;
+    }
+    write_float16(to, params, n);
+    if (t->correction_bits) {
+        float rounded[BLOCK];
+        read_float16(rounded, to, n);
+        if (t->correction_bits == 8)
+            write_float16_corrections((int8_t *)t->correction + i, 8, rounded, params, step, n);
+        else
+            write_float16_corrections((int16_t *)t->correction + i, 16, rounded, params, step, n);
+    }
+}
+
+static INLINE void read_moments(const Tensor *t, int64_t block, int64_t i, Buffers *buffers, float **exp_avg,
+                                float **exp_avg_sq, int64_t n)
+{
+    if (t->moments_dtype != CODES) {
+        *exp_avg = read_floats(t->exp_avg, t->moments_dtype, i, buffers->exp_avg, n);
+        *exp_avg_sq = read_floats(t->exp_avg_sq, t->moments_dtype, i, buffers->exp_avg_sq, n);
+        return;
+    }
+    *exp_avg = buffers->exp_avg;
+    *exp_avg_sq = buffers->exp_avg_sq;
+    read_exp_avg(*exp_avg, (int8_t *)t->exp_avg + i, t->exp_avg_scale[block], n);
+    read_exp_avg_sq(*exp_avg_sq, (uint8_t *)t->exp_avg_sq + i, t->exp_avg_sq_min[block], t->exp_avg_sq_max[block], n);
+}
+
+static INLINE void write_moments(const Tensor *t, int64_t block, int64_t i, const float *exp_avg,
+                                 const float *exp_avg_sq, float step, int64_t n)
+{
+    if (t->moments_dtype == BFLOAT16) {
+        write_bfloat16((uint16_t *)t->exp_avg + i, exp_avg, n);
+        write_bfloat16((uint16_t *)t->exp_avg_sq + i, exp_avg_sq, n);
+    } else if (t->moments_dtype == CODES) {
+        write_exp_avg((int8_t *)t->exp_avg + i, &t->exp_avg_scale[block], exp_avg, n);
+        write_exp_avg_sq((uint8_t *)t->exp_avg_sq + i, &t->exp_avg_sq_min[block], &t->exp_avg_sq_max[block],
+                         exp_avg_sq, step, n);
+    }
+}
+
+static INLINE void update_block(const Tensor *t, int64_t block, int64_t i, int64_t n, const StepScalars *s)
+{
+    Buffers buffers ALIGNED;
+    float *exp_avg, *exp_avg_sq, *param = read_params(t, i, buffers.param, n);
+    const float *grad = read_floats(t->grad, t->dtype, i, buffers.grad, n);
+    read_moments(t, block, i, &buffers, &exp_avg, &exp_avg_sq, n);
+    update_float(param, grad, exp_avg, exp_avg_sq, n, s);
+    write_params(t, i, param, s->step, n);
+    write_moments(t, block, i, exp_avg, exp_avg_sq, s->step, n);
+}
+
+static INLINE void norms_block(const Tensor *t, int64_t block, int64_t i, int64_t n, const StepScalars *s, int store,
+                               Squares *squares)
+{
+    Buffers buffers ALIGNED;
+    float *exp_avg, *exp_avg_sq;
+    const float *grad = read_floats(t->grad, t->dtype, i, buffers.grad, n);
+    read_moments(t, block, i, &buffers, &exp_avg, &exp_avg_sq, n);
+    norms_float(grad, exp_avg, exp_avg_sq, n, s, store, squares);
+}
+
+static int64_t numel(const Tensor *t)
+{
+    return t->size / itemsizes[t->dtype];
+}
+
+static int64_t blocks_of_row(const Tensor *t)
+{
+    return (t->row + BLOCK - 1) / BLOCK;
+}
+
+static int64_t n_blocks(const Tensor *t)
+{
+    return t->row ? numel(t) / t->row * blocks_of_row(t) : 0;
+}
+
+/* The first element of a block; of the one behind the last, the number of elements. */
+static int64_t first_element(const Tensor *t, int64_t block)
+{
+    const int64_t of_row = blocks_of_row(t);
+    return block / of_row * t->row + block % of_row * BLOCK;
+}
+
+/* How many elements of the row are left. */
+static int64_t rest_of_row(const Tensor *t, int64_t block)
+{
+    return t->row - block % blocks_of_row(t) * BLOCK;
+}
+
+static CLONES void update(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
+{
+    int64_t i = first_element(t, begin), rest = rest_of_row(t, begin);
+    if (t->dtype == FLOAT64) {
+        const int64_t n = end == n_blocks(t) ? numel(t) - i : (end - begin) * BLOCK;
+        update_double((double *)t->param + i, (double *)t->grad + i, (double *)t->exp_avg + i,
+                      (double *)t->exp_avg_sq + i, n, s);
+        return;
+    }
+    for (int64_t block = begin; block < end; block++) {
+        const int64_t n = rest < BLOCK ? rest : BLOCK;
+        if (n == BLOCK) /* a length that the compiler knows */
+            update_block(t, block, i, BLOCK, s);
+        else
+            update_block(t, block, i, n, s);
+        i += n;
+        rest = rest > BLOCK ? rest - BLOCK : t->row;
+    }
+}
+
+/* Adds up the squares of m/d and of m*d. Stores m and v, if they are stored unrounded and `store` is set. */
+static CLONES void norms(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, int store, double sums[2])
+{
+    Squares squares ALIGNED = {{0}, {0}};
+    int64_t i = first_element(t, begin), rest = rest_of_row(t, begin);
+    if (t->dtype == FLOAT64) {
+        const int64_t n = end == n_blocks(t) ? numel(t) - i : (end - begin) * BLOCK;
+        norms_double((double *)t->grad + i, (double *)t->exp_avg + i, (double *)t->exp_avg_sq + i, n, s, store,
+                     &squares);
     } else
-        update_float(param, grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s);
-    narrow(t->param, param, begin, n, bfloat16);
+        for (int64_t block = begin; block < end; block++) {
+            const int64_t n = rest < BLOCK ? rest : BLOCK;
+            if (n == BLOCK)
+                norms_block(t, block, i, BLOCK, s, store, &squares);
+            else
+                norms_block(t, block, i, n, s, store, &squares);
+            i += n;
+            rest = rest > BLOCK ? rest - BLOCK : t->row;
+        }
+    sums[0] = sums[1] = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        sums[0] += squares.adam[lane];
+        sums[1] += squares.inverse[lane];
+    }
 }
-
-static INLINE void norms_half_block(const Tensor *t, int64_t begin, int64_t n, const StepScalars *s, double sums[2],
-                                    int bfloat16)
-{
-    float grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
-    widen(grad, t->grad, begin, n, bfloat16);
-    if (bfloat16) {
-        widen(exp_avg, t->exp_avg, begin, n, bfloat16);
-        widen(exp_avg_sq, t->exp_avg_sq, begin, n, bfloat16);
-        norms_float(grad, exp_avg, exp_avg_sq, n, s, sums);
-    } else
-        norms_float(grad, (float *)t->exp_avg + begin, (float *)t->exp_avg_sq + begin, n, s, sums);
-}
-
-/* Whole blocks, whose length the compiler knows, and the rest. */
-
-static INLINE void update_half(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, int bfloat16)
-{
-    for (; end - begin >= BLOCK; begin += BLOCK)
-        update_half_block(t, begin, BLOCK, s, bfloat16);
-    update_half_block(t, begin, end - begin, s, bfloat16);
-}
-
-static INLINE void norms_half(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2],
-                              int bfloat16)
-{
-    for (; end - begin >= BLOCK; begin += BLOCK)
-        norms_half_block(t, begin, BLOCK, s, sums, bfloat16);
-    norms_half_block(t, begin, end - begin, s, sums, bfloat16);
-}
-
-static CLONES void update_bfloat16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
-{
-    update_half(t, begin, end, s, 1);
-}
-
-static CLONES void norms_bfloat16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
-{
-    norms_half(t, begin, end, s, sums, 1);
-}
-
-static CLONES void update_float16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
-{
-    update_half(t, begin, end, s, 0);
-}
-
-static CLONES void norms_float16(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, double sums[2])
-{
-    norms_half(t, begin, end, s, sums, 0);
-}
-
-static void (*const updates[])(const Tensor *, int64_t, int64_t, const StepScalars *) = {
-    update_float32, update_float64, update_bfloat16, update_float16};
-static void (*const norms[])(const Tensor *, int64_t, int64_t, const StepScalars *, double *) = {
-    norms_float32, norms_float64, norms_bfloat16, norms_float16};
 
 /* ---- scalars of a step, as functional.step_scalars ---- */
 
@@ -230,7 +269,7 @@ static double inverse_weight(double step, double switch_rate)
     return alpha < switch_rate ? 0 : alpha;
 }
 
-static StepScalars step_scalars(double step, const Group *group)
+static StepScalars step_scalars(float step, const Group *group)
 {
     const double alpha = inverse_weight(step, group->switch_rate);
     return (StepScalars){
@@ -244,136 +283,228 @@ static StepScalars step_scalars(double step, const Group *group)
         .adam_weight = 1 - alpha,
         .inverse_weight = alpha * group->inverse_scale,
         .norm_ratio = 1,
+        .step = step,
     };
 }
 
 /* ---- all tensors, all threads ---- */
 
-/* What there is to do about one tensor. A task is one chunk of it, or its norms where they are to be measured: those
- * of all chunks come first. A tensor of a single chunk is one task in any case. */
+/* What there is to do about one tensor. Its chunks are tasks: to be updated, or, where the inverse update is
+ * normalized, to have their norms measured first. Consecutive small tensors share a task. Once the norms of a tensor
+ * are known, the updates of its chunks go before all tasks, from the last chunk to the first: they find in the cache
+ * what the norms have read last, and no thread waits while there is something to do. */
 typedef struct {
-    int64_t numel, first_task;
-    int normalize;
-    int64_t pending_norms; /* chunks whose norms are still to be measured; -1 once norm_ratio is known */
+    int64_t n_chunks, first_task;
+    int measured;          /* the norms are to be measured */
+    int64_t pending_norms; /* chunks whose norms are still to be measured */
+    int64_t next_update;   /* number of updates handed out, after the norms */
     double (*sums)[2];     /* one pair per chunk: squares of m/d and of m*d */
     double norm_ratio;     /* scale of the inverse update: 1 unless it is normalized */
-} Plan;
+} Work;
 
 typedef struct {
     const Tensor *tensors;
     const Group *groups;
-    Plan *plans;
+    Work *works;
     int64_t n_tensors, n_tasks, next_task;
+    int only_norms;       /* change nothing */
+    int64_t *ready;       /* tensors of several chunks whose norms are known, each plus 1 */
+    int64_t n_ready, all_ready, first_ready;
 } Job;
 
-static int64_t n_chunks(int64_t numel)
+/* What a thread keeps between two tasks: the scalars are often those of the task before. */
+typedef struct {
+    Job *job;
+    int64_t group;
+    StepScalars scalars;
+} Worker;
+
+static int64_t end_of_chunk(const Tensor *t, int64_t chunk)
 {
-    return (numel + CHUNK - 1) / CHUNK;
+    const int64_t blocks = n_blocks(t), end = (chunk + 1) * CHUNK;
+    return end < blocks ? end : blocks;
 }
 
-/* The last plan with first_task <= task. */
-static int64_t plan_of_task(const Job *job, int64_t task)
+/* Whether the pass over the norms may store m and v: not where that would round them. */
+static int stores_exactly(const Tensor *t)
 {
-    int64_t low = 0, high = job->n_tensors;
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        if (job->plans[middle].first_task <= task)
-            low = middle;
-        else
-            high = middle;
+    return t->moments_dtype == FLOAT32 || t->moments_dtype == FLOAT64;
+}
+
+static const StepScalars *scalars_for(Worker *worker, int64_t place)
+{
+    const Tensor *t = &worker->job->tensors[place];
+    const float step = *t->step + worker->job->only_norms; /* dual_update has counted the step */
+    if (t->group != worker->group || step != worker->scalars.step) {
+        worker->scalars = step_scalars(step, &worker->job->groups[t->group]);
+        worker->group = t->group;
     }
-    return low;
+    worker->scalars.norm_ratio = worker->job->works[place].norm_ratio;
+    worker->scalars.moments_done = worker->job->works[place].measured && stores_exactly(t);
+    return &worker->scalars;
 }
 
-/* Counts one chunk's norms as done. The last one works out the ratio, adding up in the order of the chunks. */
-static void finish_norms(Plan *plan)
+static void update_chunk(Worker *worker, int64_t place, int64_t chunk)
 {
-    if (__atomic_sub_fetch(&plan->pending_norms, 1, __ATOMIC_ACQ_REL) > 0)
+    const Tensor *t = &worker->job->tensors[place];
+    update(t, chunk * CHUNK, end_of_chunk(t, chunk), scalars_for(worker, place));
+}
+
+/* Adds up the squares of a tensor's chunks, in their order. */
+static void add_up(const Work *work, double sums[2])
+{
+    sums[0] = sums[1] = 0;
+    for (int64_t chunk = 0; work->measured && chunk < work->n_chunks; chunk++) {
+        sums[0] += work->sums[chunk][0];
+        sums[1] += work->sums[chunk][1];
+    }
+}
+
+/* Measures the norms of a chunk. After the last one of its tensor, works out the ratio, adding up in the order of the
+ * chunks, and has the tensor updated. */
+static void measure_chunk(Worker *worker, int64_t place, int64_t chunk)
+{
+    Job *job = worker->job;
+    Work *work = &job->works[place];
+    const Tensor *t = &job->tensors[place];
+    norms(t, chunk * CHUNK, end_of_chunk(t, chunk), scalars_for(worker, place), !job->only_norms && stores_exactly(t),
+          work->sums[chunk]);
+    if (job->only_norms || __atomic_sub_fetch(&work->pending_norms, 1, __ATOMIC_ACQ_REL) > 0)
         return;
-    double adam_sq = 0, inverse_sq = 0;
-    for (int64_t chunk = 0; chunk < n_chunks(plan->numel); chunk++) {
-        adam_sq += plan->sums[chunk][0];
-        inverse_sq += plan->sums[chunk][1];
+    double squares[2];
+    add_up(work, squares);
+    work->norm_ratio = squares[1] != 0 ? sqrt(squares[0] / squares[1]) : 0; /* NaN stays NaN */
+    if (work->n_chunks == 1)
+        update_chunk(worker, place, 0);
+    else {
+        const int64_t slot = __atomic_fetch_add(&job->n_ready, 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&job->ready[slot], place + 1, __ATOMIC_RELEASE);
     }
-    plan->norm_ratio = inverse_sq != 0 ? sqrt(adam_sq / inverse_sq) : 0; /* NaN stays NaN */
-    __atomic_store_n(&plan->pending_norms, -1, __ATOMIC_RELEASE);
 }
 
-/* What every thread does: take the next task until none is left. An update of a large tensor goes from the last chunk
- * to the first, so that it finds in the cache what the norms have read last. */
+/* Updates a chunk of a tensor whose norms are known, if one is left. */
+static int update_ready(Worker *worker)
+{
+    Job *job = worker->job;
+    int64_t slot;
+    while ((slot = __atomic_load_n(&job->first_ready, __ATOMIC_RELAXED)) < job->all_ready) {
+        const int64_t place = __atomic_load_n(&job->ready[slot], __ATOMIC_ACQUIRE) - 1;
+        if (place < 0)
+            return 0;
+        Work *work = &job->works[place];
+        const int64_t number = __atomic_fetch_add(&work->next_update, 1, __ATOMIC_RELAXED);
+        if (number < work->n_chunks) {
+            update_chunk(worker, place, work->n_chunks - 1 - number);
+            return 1;
+        }
+        __atomic_compare_exchange_n(&job->first_ready, &slot, slot + 1, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    }
+    return 0;
+}
+
+/* What every thread does: take a task until none is left. */
 static void work(void *data)
 {
     Job *job = data;
-    StepScalars scalars;
-    double step = -1;
-    int64_t group = -1, task;
-    while ((task = __atomic_fetch_add(&job->next_task, 1, __ATOMIC_RELAXED)) < job->n_tasks) {
-        const int64_t place = plan_of_task(job, task);
-        const Tensor *t = &job->tensors[place];
-        Plan *plan = &job->plans[place];
-        const int64_t n = n_chunks(plan->numel), number = task - plan->first_task;
-        const int measure = plan->normalize && number < n, update = !measure || n == 1;
-        const int64_t chunk = number < n ? number : 2 * n - 1 - number;
-        const int64_t begin = chunk * CHUNK, end = plan->numel - begin < CHUNK ? plan->numel : begin + CHUNK;
-        if (*t->step != step || t->group != group) {
-            step = *t->step;
-            group = t->group;
-            scalars = step_scalars(step, &job->groups[group]);
+    Worker worker = {.job = job, .group = -1};
+    int64_t place = 0; /* no earlier tensor has a task for this thread any more: their numbers rise */
+    for (;;) {
+        if (update_ready(&worker))
+            continue;
+        const int64_t task = __atomic_fetch_add(&job->next_task, 1, __ATOMIC_RELAXED);
+        if (task >= job->n_tasks) {
+            if (__atomic_load_n(&job->first_ready, __ATOMIC_RELAXED) == job->all_ready)
+                return;
+            sched_yield(); /* other threads are measuring the last norms */
+            continue;
         }
-        if (measure) {
-            plan->sums[chunk][0] = plan->sums[chunk][1] = 0;
-            norms[t->dtype](t, begin, end, &scalars, plan->sums[chunk]);
-            finish_norms(plan);
-        }
-        if (update) {
-            while (plan->normalize && __atomic_load_n(&plan->pending_norms, __ATOMIC_ACQUIRE) >= 0)
-                sched_yield();
-            scalars.norm_ratio = plan->norm_ratio;
-            scalars.moments_done = plan->normalize && t->dtype != BFLOAT16; /* it stores m and v rounded */
-            updates[t->dtype](t, begin, end, &scalars);
+        for (; place < job->n_tensors && job->works[place].first_task <= task; place++) {
+            const Work *work = &job->works[place];
+            const int64_t chunk = task - work->first_task;
+            if (chunk < work->n_chunks)
+                (work->measured ? measure_chunk : update_chunk)(&worker, place, chunk);
+            if (chunk + 1 < work->n_chunks)
+                break;
         }
     }
 }
 
-/* Counts the step of every tensor and updates it.
- *   parallel   GOMP_parallel of the OpenMP runtime in use; not called, and may be NULL, if threads is 1
- * Returns 0, or 1 if there was no memory; then nothing has changed. */
-int dual_update(const Tensor *tensors, int64_t n_tensors, const Group *groups, int threads,
-                void (*parallel)(void (*function)(void *), void *data, unsigned threads, unsigned flags))
+/* Divides the tensors into tasks. Returns the number of chunks whose norms are to be measured. */
+static int64_t plan(Job *job, const double *norm_ratios)
 {
-    Plan *plans = calloc(n_tensors + 1, sizeof *plans);
-    int64_t numel = 0, n_norms = 0;
-    for (int64_t i = 0; plans && i < n_tensors; i++) {
-        const Group *group = &groups[tensors[i].group];
-        plans[i].numel = tensors[i].size / itemsizes[tensors[i].dtype];
-        plans[i].norm_ratio = 1;
-        if (group->normalize_inverse && step_scalars(*tensors[i].step + 1, group).inverse_weight != 0)
-            plans[i].normalize = 1;
-        plans[i].pending_norms = n_chunks(plans[i].numel);
-        numel += plans[i].numel;
-        n_norms += plans[i].normalize ? n_chunks(plans[i].numel) : 0;
+    int64_t n_measured = 0, blocks_of_task = CHUNK;
+    for (int64_t i = 0; i < job->n_tensors; i++) {
+        const Tensor *t = &job->tensors[i];
+        const Group *group = &job->groups[t->group];
+        Work *work = &job->works[i];
+        const int64_t blocks = n_blocks(t);
+        work->norm_ratio = norm_ratios ? norm_ratios[i] : 1;
+        work->measured = blocks && !norm_ratios && group->normalize_inverse &&
+                         inverse_weight(*t->step + 1, group->switch_rate) * group->inverse_scale != 0;
+        work->n_chunks = job->only_norms && !work->measured ? 0 : (blocks + CHUNK - 1) / CHUNK;
+        work->pending_norms = work->n_chunks;
+        if (work->n_chunks == 1 && blocks_of_task + blocks <= CHUNK) {
+            work->first_task = job->n_tasks - 1;
+            blocks_of_task += blocks;
+        } else {
+            work->first_task = job->n_tasks;
+            job->n_tasks += work->n_chunks;
+            blocks_of_task = work->n_chunks == 1 ? blocks : CHUNK;
+        }
+        n_measured += work->measured ? work->n_chunks : 0;
+        job->all_ready += work->measured && work->n_chunks > 1 && !job->only_norms;
     }
-    double (*sums)[2] = malloc((n_norms + 1) * sizeof *sums);
-    if (!plans || !sums) {
-        free(plans);
-        free(sums);
-        return 1;
+    return n_measured;
+}
+
+typedef void Parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+
+/* Does the work of dual_update or dual_norms; `sums` receives the squares of the norms per tensor if not NULL. */
+static int run(Job job, const double *norm_ratios, double (*sums)[2], int threads, Parallel *parallel)
+{
+    job.works = calloc(job.n_tensors + 1, sizeof *job.works);
+    const int64_t n_measured = job.works ? plan(&job, norm_ratios) : 0;
+    double (*chunk_sums)[2] = malloc((n_measured + 1) * sizeof *chunk_sums);
+    job.ready = calloc(job.all_ready + 1, sizeof *job.ready);
+    const int failed = !job.works || !chunk_sums || !job.ready;
+    if (!failed) {
+        double (*next_sums)[2] = chunk_sums;
+        for (int64_t i = 0; i < job.n_tensors; i++) {
+            job.works[i].sums = next_sums;
+            next_sums += job.works[i].measured ? job.works[i].n_chunks : 0;
+            if (!job.only_norms)
+                *job.tensors[i].step += 1;
+        }
+        if (threads > 1 && job.n_tasks > 1) /* for less, waking other threads takes longer than the work */
+            parallel(work, &job, threads, 0);
+        else
+            work(&job);
+        for (int64_t i = 0; sums && i < job.n_tensors; i++)
+            add_up(&job.works[i], sums[i]);
     }
-    Job job = {.tensors = tensors, .groups = groups, .plans = plans, .n_tensors = n_tensors};
-    double (*next_sums)[2] = sums;
-    for (int64_t i = 0; i < n_tensors; i++) {
-        const int64_t n = n_chunks(plans[i].numel);
-        plans[i].first_task = job.n_tasks;
-        plans[i].sums = next_sums;
-        next_sums += plans[i].normalize ? n : 0;
-        job.n_tasks += plans[i].normalize && n > 1 ? 2 * n : n;
-        *tensors[i].step += 1;
-    }
-    if (threads > 1 && numel > CHUNK) /* for less, waking other threads takes longer than the work */
-        parallel(work, &job, threads, 0);
-    else
-        work(&job);
-    free(plans);
-    free(sums);
-    return 0;
+    free(job.works);
+    free(chunk_sums);
+    free(job.ready);
+    return failed;
+}
+
+/* Counts the step of every tensor and updates it.
+ *   norm_ratios  per tensor the scale of its inverse update, or NULL to measure it where the group normalizes
+ *   parallel     GOMP_parallel of the OpenMP runtime in use; not called, and may be NULL, if threads is 1
+ * Returns 0, or 1 if there was no memory; then nothing has changed. */
+int dual_update(const Tensor *tensors, int64_t n_tensors, const Group *groups, const double *norm_ratios, int threads,
+                Parallel *parallel)
+{
+    const Job job = {.tensors = tensors, .groups = groups, .n_tensors = n_tensors};
+    return run(job, norm_ratios, NULL, threads, parallel);
+}
+
+/* Changes nothing but `sums`: per tensor, the sums of the squares of m/d and of m*d as the coming update will have
+ * them; 0 where it does not normalize. So norms of tensors that are spread over processes can be added up. Returns as
+ * dual_update. */
+int dual_norms(const Tensor *tensors, int64_t n_tensors, const Group *groups, double (*sums)[2], int threads,
+               Parallel *parallel)
+{
+    const Job job = {.tensors = tensors, .groups = groups, .n_tensors = n_tensors, .only_norms = 1};
+    return run(job, NULL, sums, threads, parallel);
 }

@@ -2,7 +2,6 @@
  *   REAL            float or double
  *   SQRT            its square root
  *   NAME(function)  the function's name for this type
- *   LANES           partial sums of the norms
  */
 
 /* Updates m and v of one element. */
@@ -12,8 +11,8 @@ static INLINE void NAME(moments)(REAL grad, REAL *exp_avg, REAL *exp_avg_sq, con
     const REAL beta2 = (REAL)s->beta2, rest2 = (REAL)(1 - s->beta2);
     grad *= (REAL)s->sign;
     const REAL gap = grad - *exp_avg;
-    *exp_avg = rest1 < (REAL)0.5 ? *exp_avg + rest1 * gap : grad - beta1 * gap;  /* m, rounded as torch.lerp does */
-    *exp_avg_sq = beta2 * *exp_avg_sq + rest2 * grad * grad;                     /* v */
+    *exp_avg = rest1 < (REAL)0.5 ? *exp_avg + rest1 * gap : grad - beta1 * gap; /* m, rounded as torch.lerp does */
+    *exp_avg_sq = beta2 * *exp_avg_sq + rest2 * grad * grad;                    /* v */
 }
 
 /* d of one element. */
@@ -29,21 +28,22 @@ static INLINE void NAME(update_elements)(REAL *restrict params, const REAL *rest
 {
     const StepScalars s = *scalars;
     const REAL decay = (REAL)s.decay, step_size = (REAL)s.step_size;
-    const REAL adam_weight = (REAL)s.adam_weight, inverse_weight = (REAL)s.inverse_weight, norm_ratio = (REAL)s.norm_ratio;
+    const REAL adam_weight = (REAL)s.adam_weight, inverse_weight = (REAL)s.inverse_weight;
+    const REAL norm_ratio = (REAL)s.norm_ratio;
     const int moves = s.step_size != 0, adam = s.adam_weight != 0, before_switch = s.inverse_weight != 0;
     for (int64_t i = 0; i < n; i++) {
         REAL param = params[i], exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
-        param *= decay;                                                         /* theta <- theta * (1 - eta*lambda) */
+        param *= decay;                                                     /* theta <- theta * (1 - eta*lambda) */
         if (!moments_done)
-            NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);                 /* m, v */
-        const REAL denom = NAME(denominator)(exp_avg_sq, &s);                   /* d */
+            NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);             /* m, v */
+        const REAL denom = NAME(denominator)(exp_avg_sq, &s);               /* d */
         REAL update = 0;
         if (adam)
-            update = adam_weight * (exp_avg / denom);                           /* (1-alpha) * m/d */
+            update = adam_weight * (exp_avg / denom);                       /* (1-alpha) * m/d */
         if (before_switch)
-            update += inverse_weight * (norm_ratio * (exp_avg * denom));             /* + alpha * m*d */
+            update += inverse_weight * (norm_ratio * (exp_avg * denom));    /* + alpha * m*d */
         if (moves)
-            param -= step_size * update;          /* theta <- theta - eta/(1-beta1^t) * update */
+            param -= step_size * update;                   /* theta <- theta - eta/(1-beta1^t) * update */
         params[i] = param;
         if (!moments_done) {
             exp_avgs[i] = exp_avg;
@@ -62,40 +62,37 @@ static INLINE void NAME(update)(REAL *params, const REAL *grads, REAL *exp_avgs,
         NAME(update_elements)(params, grads, exp_avgs, exp_avg_sqs, n, scalars, 0);
 }
 
-/* Updates m and v of LANES or fewer elements; adds the squares of m/d and of m*d to the sums, one per lane. */
+/* Adds the squares of m/d and of m*d of LANES or fewer elements; stores their m and v if `store`. */
 static INLINE void NAME(norms_of_lanes)(const REAL *restrict grads, REAL *restrict exp_avgs,
-                                        REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *s,
-                                        double *restrict adam_sq, double *restrict inverse_sq)
+                                        REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *s, int store,
+                                        Squares *restrict squares)
 {
     REAL adam[LANES], inverse[LANES];
     for (int64_t i = 0; i < n; i++) {
         REAL exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
         NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, s);
         const REAL denom = NAME(denominator)(exp_avg_sq, s);
-        exp_avgs[i] = exp_avg;
-        exp_avg_sqs[i] = exp_avg_sq;
         adam[i] = exp_avg / denom;
         inverse[i] = exp_avg * denom;
+        if (store) {
+            exp_avgs[i] = exp_avg;
+            exp_avg_sqs[i] = exp_avg_sq;
+        }
     }
     for (int64_t i = 0; i < n; i++) {
-        adam_sq[i] += (double)adam[i] * adam[i];
-        inverse_sq[i] += (double)inverse[i] * inverse[i];
+        squares->adam[i] += (double)adam[i] * adam[i];
+        squares->inverse[i] += (double)inverse[i] * inverse[i];
     }
 }
 
-/* Updates m and v of n elements; adds the squares of m/d and of m*d to the sums. These are added up in lanes, so
- * that vectors are used and the order is the same for every instruction set and number of threads. */
+/* Adds the squares of m/d and of m*d of n elements, in lanes, so that vectors are used and the order is the same for
+ * every instruction set and number of threads. */
 static INLINE void NAME(norms)(const REAL *restrict grads, REAL *restrict exp_avgs, REAL *restrict exp_avg_sqs,
-                               int64_t n, const StepScalars *scalars, double sums[2])
+                               int64_t n, const StepScalars *scalars, int store, Squares *restrict squares)
 {
     const StepScalars s = *scalars;
     const int64_t whole = n / LANES * LANES;
-    double adam_sq[LANES] = {0}, inverse_sq[LANES] = {0};
     for (int64_t i = 0; i < whole; i += LANES)
-        NAME(norms_of_lanes)(grads + i, exp_avgs + i, exp_avg_sqs + i, LANES, &s, adam_sq, inverse_sq);
-    NAME(norms_of_lanes)(grads + whole, exp_avgs + whole, exp_avg_sqs + whole, n - whole, &s, adam_sq, inverse_sq);
-    for (int lane = 0; lane < LANES; lane++) {
-        sums[0] += adam_sq[lane];
-        sums[1] += inverse_sq[lane];
-    }
+        NAME(norms_of_lanes)(grads + i, exp_avgs + i, exp_avg_sqs + i, LANES, &s, store, squares);
+    NAME(norms_of_lanes)(grads + whole, exp_avgs + whole, exp_avg_sqs + whole, n - whole, &s, store, squares);
 }

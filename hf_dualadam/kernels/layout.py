@@ -19,12 +19,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def operands(param: Tensor, grad: Tensor, state: dict[str, Any], normalize_inverse: bool) -> Operands | None:
     """The tensors that hold the numbers: of DTensors, this process's shards; None for other subclasses of Tensor.
 
-    Also None for states in another format than 32 bits, and for a DTensor with ``normalize_inverse``, which needs the
-    norms of whole tensors.
+    Also None for a DTensor with ``normalize_inverse``, which needs the norms of whole tensors.
     """
     exp_avg, exp_avg_sq, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
-    if "weight_correction" in state or not (exp_avg.is_floating_point() and exp_avg_sq.is_floating_point()):
-        return None
     if type(param) in _PLAIN and type(grad) in _PLAIN:
         return param, grad, exp_avg, exp_avg_sq, step
     tensors = (param, grad, exp_avg, exp_avg_sq)
@@ -44,14 +41,30 @@ def is_sharded(param: Tensor) -> bool:
     return hasattr(type(param), "to_local")
 
 
-def same_layout(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    """Whether place i in memory is the same element of all four, and each element has a place of its own."""
+def same_layout(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, in_logical_order: bool = False
+) -> bool:
+    """Whether place i in memory is the same element of all four, and each element has a place of its own.
+
+    Args:
+        param: a parameter.
+        grad: its gradient.
+        exp_avg: its first moment, or the codes of it.
+        exp_avg_sq: its second moment, or the codes of it.
+        in_logical_order: whether element i has to lie at place i, as where blocks of elements share a scale.
+            Default False.
+
+    Returns:
+        Whether all of this holds.
+    """
     if grad.is_neg():  # the numbers in memory have the wrong sign
         return False
     if not param.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
         return False
     if param.is_contiguous() and grad.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous():
         return True
+    if in_logical_order:
+        return False
     by_stride = sorted(range(param.dim()), key=param.stride, reverse=True)
     strides = {t.stride() for t in (param, grad, exp_avg, exp_avg_sq)}
     return len(strides) == 1 and param.permute(by_stride).is_contiguous()

@@ -101,7 +101,7 @@ def test_result_does_not_depend_on_the_number_of_threads(options, threads):
 
 def test_threads_follow_torch(monkeypatch, threads):
     seen = []
-    monkeypatch.setattr(cpu, "load", lambda: (lambda *arguments: seen.append(arguments[3]), 1))
+    monkeypatch.setattr(cpu, "load", lambda: (lambda *arguments: seen.append(arguments[4]), 1))
     params = _params((10,), torch.float32)
     optimizer = DualAdam(params)
     for count in (1, 3):
