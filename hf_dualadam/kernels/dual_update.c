@@ -160,7 +160,7 @@ static INLINE void write_moments(const Tensor *t, int64_t block, int64_t i, cons
         write_bfloat16((uint16_t *)t->exp_avg + i, exp_avg, n);
         write_bfloat16((uint16_t *)t->exp_avg_sq + i, exp_avg_sq, n);
     } else if (t->moments_dtype == CODES) {
-        write_exp_avg((int8_t *)t->exp_avg + i, &t->exp_avg_scale[block], exp_avg, n);
+        write_exp_avg((int8_t *)t->exp_avg + i, &t->exp_avg_scale[block], exp_avg, step, n);
         write_exp_avg_sq((uint8_t *)t->exp_avg_sq + i, &t->exp_avg_sq_min[block], &t->exp_avg_sq_max[block],
                          exp_avg_sq, step, n);
     }
