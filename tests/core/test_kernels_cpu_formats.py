@@ -77,7 +77,9 @@ def _step_beside_the_loop(optimizer, params, tolerance=1e-5):
     _assert_one_code_apart(optimizer, params, twin, twins, tolerance)
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize_inverse": True}, {"maximize": True, "inverse_scale": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize_inverse": True}, {"maximize": True, "inverse_scale": 3.0}], ids=str
+)
 @pytest.mark.parametrize("dtype, state_bits, weight_bits", FORMATS)
 def test_every_step_is_one_code_from_the_readable_statement(dtype, state_bits, weight_bits, options):
     params = _params(dtype)
