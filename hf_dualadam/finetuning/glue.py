@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 HUB = "nyu-mll/glue"
 SPLITS = {"train": {"": "train"}, "validation": {"": "validation"}, "test": {"": "test"}}
-# MNLI has held-out examples from the genres of the training data, and from other ones.
+# MNLI has held-out examples from the genres of the training data and from other genres.
 MNLI_SPLITS = {
     "train": {"": "train"},
     "validation": {"": "validation_matched", "_mm": "validation_mismatched"},
@@ -53,11 +53,11 @@ class GlueTask(NamedTuple):
     Attributes:
         texts: the text columns.
         classes: class names by index; none for a regression.
-        metrics: its measures, keys of ``metrics.FUNCTIONS``, the main one first.
+        metrics: its metrics, keys of ``metrics.FUNCTIONS``; the first is the main one.
         score_range: lowest and highest score of a regression.
-        hub: data set on the hub; its configuration there is the task's name.
+        hub: data set on the Hub; its configuration has the name of the task.
         splits: names of the splits, by the suffix of their metrics' names.
-        combined: whether the mean of the measures is one more, as GLUE reports it.
+        combined: whether to add the mean of the metrics, as GLUE reports it.
     """
 
     texts: tuple[str, ...]
@@ -82,28 +82,28 @@ TASKS = {
     "rte": GlueTask(("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",)),
     "wnli": GlueTask(("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
 }
-# Of one's own scores; Transformers' script reports the squared error alone.
+# For regressions on user data. The script of Transformers reports only the squared error.
 SCORE_METRICS = ("pearson", "spearmanr", "mse")
 
 
 @dataclass
 class GlueArguments(DataArguments):
-    """Which task, and how its texts become tokens."""
+    """Options for the task and its tokenization."""
 
     task_name: str | None = field(
         default=None,
-        metadata={"help": f"A GLUE task, {', '.join(TASKS)}; or none, for other texts with a label column."},
+        metadata={"help": f"A GLUE task: {', '.join(TASKS)}. Leave it out for other texts with a label column."},
     )
     text_columns: list[str] | None = field(
         default=None,
-        metadata={"help": "One or two text columns, without task_name; by default the first text columns."},
+        metadata={"help": "One or two text columns, if there is no task_name; by default the first ones."},
     )
-    label_column: str = field(default="label", metadata={"help": "The column of the classes (or of STS-B's scores)."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "By default the model's."})
-    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a tokenizer of the tokenizers library."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer token sequences are cut."})
+    label_column: str = field(default="label", metadata={"help": "Column of the classes or scores."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer; by default that of the model."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a fast tokenizer (tokenizers library)."})
+    max_seq_length: int = field(default=128, metadata={"help": "Truncate longer token sequences."})
     pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad all to max_seq_length, not each batch to its longest."}
+        default=False, metadata={"help": "Pad to max_seq_length instead of the longest in the batch."}
     )
 
     def __post_init__(self):
@@ -114,7 +114,7 @@ class GlueArguments(DataArguments):
             if self.task_name not in TASKS:
                 raise InputError(f"task_name: {self.task_name!r} is not one of {', '.join(TASKS)}")
             if self.text_columns:
-                raise InputError("text_columns: only without task_name")
+                raise InputError("text_columns: allowed only without task_name")
         if self.text_columns is not None and len(self.text_columns) not in (1, 2):
             raise InputError(f"text_columns: {self.text_columns} should be one or two columns")
         if self.max_seq_length < 1:
@@ -133,7 +133,7 @@ def build(
     training_args: TrainingArguments | None = None,
     splits: Iterable[str] = ("train", "validation"),
 ) -> Task:
-    """Load, check and tokenize the examples; nothing is written but caches.
+    """Load, check and tokenize the examples; only caches are written.
 
     Args:
         args: the task and its data.
@@ -142,7 +142,7 @@ def build(
         splits: which of train, validation and test are needed.
 
     Raises:
-        InputError: data or model cannot be had, or hold something unexpected.
+        InputError: data or model cannot be loaded, or have unexpected contents.
     """
     if not (model_args.model_name_or_path or model_args.model_config or model_args.config_name):
         model_args = replace(model_args, model_name_or_path=MINILM)
@@ -178,7 +178,7 @@ def build(
 def _load_tables(
     args: GlueArguments, model_args: ModelArguments, splits: Iterable[str]
 ) -> dict[str, dict[str, Table]]:
-    """Split -> suffix of its metrics -> table."""
+    """Tables by split and by suffix of their metrics."""
     task = TASKS.get(args.task_name or "")
     names = {split: (task.splits if task else SPLITS)[split] for split in splits}
     wanted = [name for by_suffix in names.values() for name in by_suffix.values()]
@@ -197,7 +197,7 @@ def _load_tables(
 
 
 def _infer_task(args: GlueArguments, tables: dict[str, dict[str, Table]], config: PretrainedConfig) -> GlueTask:
-    """The task of texts without task_name: text columns by name or by content, classes from data or model."""
+    """The task without task_name: text columns by name or content, classes from data or model."""
     known = [table for by_suffix in tables.values() for table in by_suffix.values()]
     columns = args.text_columns or _text_columns(known[0], args.label_column)
     stored = next((t.class_names[args.label_column] for t in known if args.label_column in t.class_names), None)
@@ -210,13 +210,13 @@ def _infer_task(args: GlueArguments, tables: dict[str, dict[str, Table]], config
     else:
         classes = [config.id2label[index] for index in range(config.num_labels)]
     if classes is None:
-        logger.info(f"{known[0].name}: column {args.label_column!r} holds numbers: a regression")
+        logger.info(f"{known[0].name}: column {args.label_column!r} holds numbers: training a regression")
         return GlueTask(tuple(columns), (), SCORE_METRICS, combined=False)
     return GlueTask(tuple(columns), tuple(classes), ("accuracy",))
 
 
 def _text_columns(table: Table, label_column: str) -> list[str]:
-    """The usual text columns, or the first two that hold text; the log says which.
+    """The usual text columns, or the first two that hold text; the choice is logged.
 
     Raises:
         InputError: there is none.
@@ -229,22 +229,22 @@ def _text_columns(table: Table, label_column: str) -> list[str]:
         if name != label_column and isinstance(next(iter(values), None), str) and not _is_index(name, values)
     ]
     if not columns:
-        raise InputError(f"{table.name}: holds no text column; there are {', '.join(map(repr, table.columns))}")
+        raise InputError(f"{table.name}: has no text column; its columns are {', '.join(map(repr, table.columns))}")
     unused = [repr(name) for name in table.columns if name not in (*columns[:2], label_column)]
     note = f", not {', '.join(unused)}" if unused else ""
-    logger.info(f"{table.name}: the texts are {' and '.join(map(repr, columns[:2]))}{note} (text_columns chooses)")
+    logger.info(f"{table.name}: the texts are {' and '.join(map(repr, columns[:2]))}{note} (change with text_columns)")
     return columns[:2]
 
 
 def _is_index(name: str, values: Sequence[Any]) -> bool:
-    """Whether a column numbers the rows, as pandas writes it without a name."""
+    """Whether a column is an unnamed row index, as pandas writes it."""
     return not name.strip() or name.startswith("Unnamed: ") or labels.holds_numbers(values)
 
 
 def _load_tokenizer(args: GlueArguments, model_args: ModelArguments, config: PretrainedConfig) -> Any:
     name = args.tokenizer_name or processor_source(model_args, "tokenizer_config.json")
     if name is None:
-        raise InputError("tokenizer_name: missing; a model from model_config needs the tokenizer of another model")
+        raise InputError("tokenizer_name: required with model_config, since a new model has no tokenizer")
     option = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
     with loading(option, name):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -254,7 +254,7 @@ def _load_tokenizer(args: GlueArguments, model_args: ModelArguments, config: Pre
         tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
     if len(tokenizer) > config.vocab_size:
-        raise InputError(f"{option}: {name!r} has {len(tokenizer)} tokens, the model only {config.vocab_size}")
+        raise InputError(f"{option}: {name!r} has {len(tokenizer)} tokens, but the model only {config.vocab_size}")
     return tokenizer
 
 
@@ -269,7 +269,7 @@ def _encode(
     limit: int | None = None,
     to_predict: bool = False,
 ) -> Dataset:
-    """Tokens and, where there are any, labels in the model's order."""
+    """Tokens and, if there are any, labels in the model's order."""
     table.require(task.texts if to_predict else (*task.texts, args.label_column))
     columns: dict[str, list] = {f"text{index}": labels.texts(table, name) for index, name in enumerate(task.texts)}
     if task.classes:

@@ -1,6 +1,6 @@
-"""Folders of images: splits from the names on the first level, classes from those on the next, and nothing else.
+"""Folders of images: first-level names are splits, second-level names are classes.
 
-Words elsewhere in a path mean nothing: not in a file's name, and not in a class called "freight train".
+Words elsewhere in a path have no meaning, neither in a file name nor in a class called "freight train".
 """
 
 import logging
@@ -20,17 +20,17 @@ LAYOUT = "train, validation (or val, dev) and test with a folder per class in ea
 
 
 class FoundImages(NamedTuple):
-    """The images of one split: their paths, and the name of each one's class folder (None without class folders)."""
+    """The images of one split: paths, and names of their class folders (None without class folders)."""
 
     paths: list[str]
     classes: list[str] | None
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folder of each split: the first-level folders if all are named as splits, else the whole is for training.
+    """The folder of each split: the first-level folders if all are named like splits, else the whole is for training.
 
     Raises:
-        InputError: only some of them are named so, or two of them mean the same split.
+        InputError: only some of them have names of splits, or two of them mean the same split.
     """
     by_name = {name: split for split, names in SPLIT_NAMES.items() for name in names}
     inside = [path for path in _folders(folder) if any(_is_image(file) for file in _files(path))]
@@ -40,7 +40,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
     others = [path.name for path in inside if path not in named]
     if others:
         raise InputError(
-            f"{folder}: {named[0].name!r} may be a split or a class, as {others[0]!r} beside it is no split; needed: "
+            f"{folder}: {named[0].name!r} may be a split or a class: {others[0]!r} is not a split; needed: "
             f"{LAYOUT}; or name the folder of each split with train_dir, validation_dir and test_dir"
         )
     found: dict[str, Path] = {}
@@ -49,19 +49,19 @@ def split_folders(folder: Path) -> dict[str, Path]:
             raise InputError(f"{folder}: {other.name!r} and {path.name!r} both mean {by_name[path.name]}; keep one")
     loose = next((path for path in folder.iterdir() if _is_image(path)), None)
     if loose is not None:
-        raise InputError(f"{loose}: lies beside the folders of the splits; needed: {LAYOUT}")
+        raise InputError(f"{loose}: is next to the folders of the splits; needed: {LAYOUT}")
     return found
 
 
 def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
-    """The images of one split; what is no image is skipped, and the log says how many files that were.
+    """The images of one split; other files are skipped, and their number is logged.
 
     Args:
         folder: with a folder per class, or with images to predict.
         labelled: whether class folders are needed.
 
     Raises:
-        InputError: there is no image, or one beside the class folders or below them, or a single class.
+        InputError: there is no image, an image is outside the class folders or below them, or there is one class only.
     """
     skipped: Counter[str] = Counter()
     loose = [path for path in _sorted_files(folder) if _count(path, skipped)]
@@ -72,16 +72,16 @@ def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
     for name, paths in found.items():
         deeper = next((path for path in paths if path.parent != folder / name), None)
         if deeper is not None:
-            raise InputError(f"{deeper}: lies deeper than a folder of class {name!r}; needed: {LAYOUT}")
+            raise InputError(f"{deeper}: is deeper than the folder of class {name!r}; needed: {LAYOUT}")
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(8))
-        logger.warning(f"{folder}: skipped {skipped.total()} files that are no images that Pillow reads: {kinds}")
+        logger.warning(f"{folder}: skipped {skipped.total()} files that Pillow cannot read as images: {kinds}")
     if loose and found:
-        raise InputError(f"{loose[0]}: lies beside the class folders ({', '.join(list(found)[:3])}, ...)")
+        raise InputError(f"{loose[0]}: is next to the class folders ({', '.join(list(found)[:3])}, ...)")
     if loose and not labelled:
         return FoundImages([_text(path) for path in loose], None)
     if loose:
-        raise InputError(f"{loose[0]}: lies in no class folder; needed: {LAYOUT}")
+        raise InputError(f"{loose[0]}: is not in a class folder; needed: {LAYOUT}")
     if not found:
         raise InputError(f"{folder}: holds no images; needed: {LAYOUT}")
     if labelled and len(found) < 2:
@@ -91,18 +91,18 @@ def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
 
 
 def _text(path: Path) -> str:
-    """The absolute path, which must be text: file systems allow names that no encoding has."""
+    """The absolute path, which must be valid text: file systems allow names that cannot be decoded."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise InputError(f"{str(path)!a}: the name is not UTF-8; rename it") from None
     if "::" in str(path.absolute()):
-        raise InputError(f"{path}: the library datasets reads '::' in a path as a chain of files; rename the folder")
+        raise InputError(f"{path}: datasets interprets '::' in a path as a chain of files; rename the folder")
     return str(path.absolute())
 
 
 def _folders(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:
-    """The folders in it, in order; hidden ones are skipped, and the files in them counted."""
+    """The subfolders in order; hidden ones are skipped, and their files are counted."""
     found = sorted(path for path in folder.iterdir() if path.is_dir())
     if skipped is not None:
         skipped["in hidden folders"] += sum(1 for path in found if _is_hidden(path) for _ in _files(path))
@@ -115,16 +115,16 @@ def _sorted_files(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files in and below it, in order."""
+    """All files in the folder and below, in order."""
     yield from _sorted_files(folder)
     for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
         yield from _files(inside)
 
 
 def _count(path: Path, skipped: Counter[str]) -> bool:
-    """Whether it is an image; if not, count it by its ending."""
+    """Whether a file is an image; if not, count it by its extension."""
     if not _is_image(path):
-        skipped["hidden" if _is_hidden(path) else path.suffix.lower() or "without an ending"] += 1
+        skipped["hidden" if _is_hidden(path) else path.suffix.lower() or "without an extension"] += 1
         return False
     return True
 

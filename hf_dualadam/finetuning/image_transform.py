@@ -1,4 +1,4 @@
-"""From an image to the pixel values that a model sees, with Pillow alone."""
+"""Convert images to the pixel values of a model, with Pillow only."""
 
 import math
 from typing import Any
@@ -11,10 +11,10 @@ from transformers import PretrainedConfig
 
 
 def eight_bits(image: PILImage.Image) -> PILImage.Image:
-    """The image with 8 bits a channel: 16-bit grey is scaled, where Pillow's own conversion cuts it off at 255.
+    """Convert an image to 8 bits per channel; 16-bit gray is scaled, where Pillow's conversion clips it at 255.
 
     Raises:
-        ValueError: its values are 32-bit numbers, whose range no file says.
+        ValueError: its values are 32-bit numbers, whose range is unknown.
     """
     if image.mode.startswith("I;16"):
         return PILImage.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
@@ -27,17 +27,17 @@ def eight_bits(image: PILImage.Image) -> PILImage.Image:
 class ImageTransform:
     """Image -> pixel values (channels, height, width), with Pillow only.
 
-    Resized and normalized as the model's own image processor does it. For training, either a random crop of at least
-    ``crop_min_scale`` of the area, with an aspect ratio of at most 4:3, is resized instead; or the resized image is
-    padded by ``crop_padding`` black pixels and cropped at random. Random numbers come from torch, whose state Trainer
+    Images are resized and normalized as by the model's image processor. For training, either a random crop of at least
+    ``crop_min_scale`` of the area, with an aspect ratio of at most 4:3, is resized; or the resized image is padded by
+    ``crop_padding`` black pixels and cropped at random. Random numbers come from torch, whose state Trainer
     seeds, saves and restores.
 
     Args:
         processor: the model's image processor.
-        config: the model's configuration: an image of one channel is grey, of three RGB.
-        crop_min_scale: 1 for no crop.
+        config: the model's configuration: images of one channel are gray, of three channels RGB.
+        crop_min_scale: smallest fraction of the area; 1 for no crop.
         crop_padding: in pixels of the resized image; 0 for none. Replaces ``crop_min_scale``.
-        horizontal_flip: mirror half of the images.
+        horizontal_flip: mirror an image with probability 1/2.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ImageTransform:
         return torch.from_numpy(((pixels - self.mean) / self.std).transpose(2, 0, 1).copy())
 
     def _center_box(self, image: PILImage.Image) -> tuple[float, float, float, float]:
-        """The whole image, or the centre that remains when its shortest edge is resized and the rest cut off."""
+        """The whole image, or its center where the processor resizes the shortest edge and crops."""
         if self.shortest_edge is None:
             return 0, 0, image.width, image.height
         scale = min(image.size) / self.shortest_edge
@@ -94,13 +94,13 @@ class ImageTransform:
 
 
 class ImageView(torch.utils.data.Dataset):
-    """What Trainer sees of an image dataset: pixel values and labels, transformed when asked for."""
+    """An image dataset as Trainer reads it: pixel values and labels, transformed on access."""
 
     def __init__(self, dataset: Dataset, transform: ImageTransform):
         self.dataset, self.transform = dataset, transform
 
     def __len__(self) -> int:
-        """Count the images."""
+        """Number of images."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Texts, class labels and scores from the columns of a table: names are compared exactly before anything else."""
+"""Read texts, class labels and scores from the columns of a table; exact matches of names come first."""
 
 import logging
 import math
@@ -19,15 +19,15 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def infer_classes(table: Table, column: str) -> list[str] | None:
-    """Class names from the values of a label column, or None where they are scores.
+    """Infer the class names from the values of a label column; None if they are scores.
 
-    Whole numbers from 0 on are classes, named by themselves and in their order; numbers with fractions (or stored as
-    such) are scores; other texts are class names, in alphabetical order. No class is invented for a number that does
-    not occur, and two names that differ only by case are two classes.
+    Whole numbers from 0 on are classes, in numerical order. Numbers with fractions, or stored as floats, are scores.
+    Other texts are class names, in alphabetical order. No class is created for a number that does not occur, and two
+    names that differ only in case are two classes.
 
     Raises:
-        InputError: the column is missing, or holds gaps, several kinds of values, names that differ only by blanks, or
-            only one class.
+        InputError: the column is missing, or holds gaps, values of several kinds, names that differ only in blanks, or
+            one class only.
     """
     table.require([column])
     values = list(table.columns[column])
@@ -38,7 +38,7 @@ def infer_classes(table: Table, column: str) -> list[str] | None:
             raise InputError(
                 _unexpected(table, column, values, named, "numbers only, as in other rows, or names only")
             )
-        return None  # whether all of them are numbers, `scores` says
+        return None  # `scores` checks that all of them are numbers
     if {"text", "digits"} & set(kinds) and all(isinstance(value, str) for value in values):
         kinds = ["text" if found in ("whole", "digits") else found for found in kinds]
     kind = next((found for found in kinds if found in ("whole", "text", "truth")), None)
@@ -62,15 +62,15 @@ def _text_classes(table: Table, column: str, values: list[str]) -> list[str]:
     if (name := next((name for name in names if spellings[name] > 1), None)) is not None:
         variants = sorted(value for value in set(values) if value.strip() == name)
         raise InputError(
-            f"{table.name}: column {column!r} holds {' and '.join(map(repr, variants))}, which differ only by blanks; "
-            "write a class in one way"
+            f"{table.name}: column {column!r} holds {' and '.join(map(repr, variants))}, which differ only in blanks; "
+            "spell each class in one way"
         )
     same = [name for name, count in Counter(map(_key, names)).items() if count > 1]
     if same:
         variants = [name for name in names if _key(name) == same[0]]
         logger.warning(
-            f"{table.name}: column {column!r}: {' and '.join(map(repr, variants))} are different classes, though "
-            "only their case differs"
+            f"{table.name}: column {column!r}: {' and '.join(map(repr, variants))} are different classes, although "
+            "they differ only in case"
         )
     return names
 
@@ -99,32 +99,32 @@ def _kind(value: Any) -> str:
 
 
 def texts(table: Table, column: str) -> list[str]:
-    """The text column ``column``; InputError if something in it is not text."""
+    """The values of a text column; InputError if one of them is not text."""
     for row, value in enumerate(table.columns[column]):
         if not isinstance(value, str):
-            raise InputError(f"{table.name}: column {column!r} holds {value!r} in row {row}, text is needed")
+            raise InputError(f"{table.name}: column {column!r} holds {value!r} in row {row}; should be text")
     return list(table.columns[column])
 
 
 def holds_numbers(values: Sequence[Any]) -> bool:
-    """Whether every value is a number or text that reads as one: not a column of texts."""
+    """Whether every value is a number or text that can be parsed as one."""
     return all(_number(value) is not None for value in values)
 
 
 def class_labels(table: Table, column: str, names: Sequence[str], *, optional: bool = False) -> list[int] | None:
-    """The class indices in ``column``, written there as class names or as whole numbers.
+    """Read class indices from a column of class names or whole numbers.
 
-    A name is looked up exactly, then without regard to case and blanks around it where only one class is meant. A
-    whole number is an index, or where the classes are named by numbers, a name.
+    A name is looked up exactly, then ignoring case and surrounding blanks if that is unambiguous. A whole number is an
+    index, or a name if the class names are numbers.
 
     Args:
         table: the split.
         column: its label column.
         names: class names by index.
-        optional: for examples to predict: without the column, or with nothing but -1 and gaps in it, return None.
+        optional: return None if the column is missing or holds only -1 and gaps, as in examples to predict.
 
     Raises:
-        InputError: a value is something else, names file, column, row, value and what is allowed.
+        InputError: a value is something else; the message names file, column, row, value and what is allowed.
     """
     values = list(table.columns.get(column, ()))
     lookup = _Lookup(names)
@@ -147,7 +147,7 @@ def class_labels(table: Table, column: str, names: Sequence[str], *, optional: b
 
 
 class _Lookup:
-    """Class names -> indices, without ever taking one class for another."""
+    """Maps class names to indices without confusing classes."""
 
     def __init__(self, names: Sequence[str]):
         self.exact = {name: index for index, name in enumerate(names)}
@@ -177,7 +177,7 @@ class _Lookup:
 
 
 def scores(table: Table, column: str, low: float, high: float, *, optional: bool = False) -> list[float] | None:
-    """The real numbers in ``column``, between ``low`` and ``high``; the rest as in :func:`class_labels`."""
+    """Read numbers between ``low`` and ``high`` from a column; ``optional`` as in :func:`class_labels`."""
     values = list(table.columns.get(column, ()))
     if optional and all(_is_gap(value) for value in values):
         return None
@@ -207,7 +207,7 @@ def _is_gap(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or text that reads as one; None for everything else."""
+    """The value as a finite number, if it is one or text that can be parsed as one; else None."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real | str):
         return None
     if isinstance(value, str) and not NUMBER.fullmatch(value.strip()):

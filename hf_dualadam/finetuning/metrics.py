@@ -1,4 +1,4 @@
-"""GLUE's metrics as an ``evaluate.Metric`` that needs no network: scikit-learn and scipy compute them here."""
+"""GLUE's metrics as an ``evaluate.Metric`` that needs no download: scikit-learn and scipy compute them."""
 
 import contextlib
 import tempfile
@@ -20,7 +20,7 @@ CITATION = """@inproceedings{wang2019glue,
 
 
 def _correlation(function: Callable, predictions: np.ndarray, references: np.ndarray) -> float:
-    """A correlation that is 0 where a constant side leaves it undefined."""
+    """A correlation that is 0 where it is undefined because one side is constant."""
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0
     return float(function(predictions, references)[0])
@@ -44,13 +44,13 @@ class LocalMetric(evaluate.Metric):
 
     ``LocalMetric(["accuracy", "f1"]).compute(predictions=[0, 1], references=[0, 0])`` is
     ``{"accuracy": 0.5, "f1": 0.0}``.
-    Predictions and references are class indices, or real numbers for ``pearson``, ``spearmanr`` and ``mse``; a
-    correlation with something constant is 0.
+    Predictions and references are class indices, or real numbers for ``pearson``, ``spearmanr`` and ``mse``. The
+    correlation with a constant is 0.
 
     Args:
         names: keys of :data:`FUNCTIONS`.
-        kwargs: those of ``evaluate.Metric``. By default everything stays in memory and under a name of its own, so
-            that processes running at the same time share no cache file.
+        kwargs: those of ``evaluate.Metric``. By default everything stays in memory, under a unique name, so that
+            concurrent processes share no cache file.
     """
 
     def __init__(self, names: list[str], **kwargs: Any):
@@ -60,7 +60,7 @@ class LocalMetric(evaluate.Metric):
         self.names = list(names)
         defaults = {"keep_in_memory": kwargs.get("num_process", 1) == 1, "experiment_id": uuid.uuid4().hex}
         options = defaults | kwargs
-        # evaluate makes a cache folder in the user's home even where nothing is cached
+        # evaluate creates a cache folder in the user's home even when nothing is cached
         with tempfile.TemporaryDirectory() if options["keep_in_memory"] else contextlib.nullcontext() as folder:
             super().__init__(config_name="-".join(names), **({"cache_dir": folder} | options))
 
@@ -100,12 +100,12 @@ def compute_metrics_for(metric: LocalMetric, *, combined: bool = True) -> Callab
 def majority_baseline(
     metric: LocalMetric, train: datasets.Dataset | None, held_out: datasets.Dataset | None
 ) -> float | None:
-    """The main measure on ``held_out`` when always predicting the most frequent class of ``train``.
+    """The main metric on ``held_out`` when the most frequent class of ``train`` is always predicted.
 
     Args:
-        metric: its first name is the main measure.
-        train: examples with a ``label`` column; the held-out ones are counted instead where it is None.
-        held_out: examples with a ``label`` column, or None: no baseline.
+        metric: its first name is the main metric.
+        train: examples with a ``label`` column; where it is None, the held-out examples are counted.
+        held_out: examples with a ``label`` column, or None for no baseline.
     """
     if held_out is None or SCORES & set(metric.names):
         return None

@@ -1,4 +1,4 @@
-"""Learning curves of one run as a PNG."""
+"""Plot the learning curves of one run as a PNG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ COLORS = {"training (mean since the last point)": "C0", "held-out": "C1", "train
 
 
 def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, path: Path, title: str) -> None:
-    """Draw loss, held-out metric and alpha over the optimizer steps; a panel without data is left out.
+    """Draw loss, held-out metric and alpha against the optimizer steps; panels without data are omitted.
 
     Args:
         log_history: ``trainer.state.log_history``.
@@ -52,6 +52,6 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, pat
 
 
 def _curve(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one logged figure; of two values at a step the later counts."""
+    """Steps and values of one logged quantity; of two values at the same step, the later one is used."""
     points = {entry["step"]: entry[key] for entry in log_history if key in entry}
     return list(points), list(points.values())

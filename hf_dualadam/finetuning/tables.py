@@ -1,4 +1,4 @@
-"""Tables from parquet, csv, tsv, jsonl and json files, read strictly: nothing is guessed, merged or dropped silently.
+"""Read parquet, csv, tsv, jsonl and json files strictly: nothing is guessed, merged or dropped silently.
 
 Every message about a bad value names the file, the column or line, the row (from 0) and what is allowed.
 """
@@ -27,12 +27,12 @@ QUOTED_AS_IN_CSV = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 
 @dataclass
 class Table:
-    """The columns of one split, as plain lists, with the name that error messages use.
+    """The columns of one split as lists, with the name for error messages.
 
     Attributes:
-        name: file or hub split.
+        name: file, or split on the Hub.
         columns: values by column.
-        class_names: of the columns that are stored as ``ClassLabel``.
+        class_names: class names of the columns stored as ``ClassLabel``.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Table:
     class_names: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Count the rows."""
+        """Number of rows."""
         return len(next(iter(self.columns.values()), ()))
 
     @classmethod
@@ -58,25 +58,25 @@ class Table:
             names, there = " and ".join(map(repr, missing)), ", ".join(shown) or "none"
             blanks = [name for name in self.columns if name not in missing and name.strip() in missing]
             reason = f" ({blanks[0]!r} has blanks around its name)" if blanks else ""
-            raise InputError(f"{self.name}: column {names} is missing; there are {there}{reason}")
+            raise InputError(f"{self.name}: column {names} is missing; the columns are {there}{reason}")
         if not len(self):
             raise InputError(f"{self.name}: holds no rows")
 
 
 def class_names(features: Features) -> dict[str, list[str]]:
-    """Names of the classes, by column."""
+    """Class names by column."""
     return {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
 def read_table(path: Path) -> Table:
     """Read a parquet, csv, tsv, jsonl or json file.
 
-    In csv and tsv files every value is text (``NA`` is a word, not a gap). A csv file has quotes around what holds a
-    comma, a quote or a line break; a tsv file knows no quoting, as GLUE's. A json file holds a list of objects, or an
-    object a line, as a jsonl file does.
+    In csv and tsv files every value is text (``NA`` is a word, not a gap). In csv files, quotes enclose fields with
+    commas, quotes or line breaks; tsv files have no quoting, like GLUE's. A json file holds a list of objects, or one
+    object per line like a jsonl file.
 
     Raises:
-        InputError: the file is missing, empty, of another kind or unreadable, or has a column twice.
+        InputError: the file is missing, empty, of another format or unreadable, or has a duplicate column.
     """
     readers: dict[str, Callable[[Path], Table]] = {
         ".parquet": _read_parquet,
@@ -86,7 +86,7 @@ def read_table(path: Path) -> Table:
         ".json": _read_json,
     }
     if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: is of an unknown kind, {', '.join(readers)} are known")
+        raise InputError(f"{path}: has an unknown extension; should be one of {', '.join(readers)}")
     try:
         if path.is_file() and not path.stat().st_size:
             raise InputError(f"{path}: is empty")
@@ -100,7 +100,7 @@ def read_table(path: Path) -> Table:
 
 
 def _read_parquet(path: Path) -> Table:
-    with pq.ParquetFile(path) as file:  # a table, whatever words such as label=1 the path holds
+    with pq.ParquetFile(path) as file:  # unlike pq.read_table, ignores words such as label=1 in the path
         table = file.read()
     _refuse_duplicates(table.column_names)
     annotated = b"huggingface" in (table.schema.metadata or {})
@@ -117,7 +117,7 @@ def _read_tsv(path: Path) -> Table:
     quoted = sum(bool(QUOTED_AS_IN_CSV.fullmatch(text)) for values in table.columns.values() for text in values)
     if quoted:
         logger.warning(
-            f"{path}: {quoted} fields look quoted as in csv; a tsv file knows no quoting, so their quotes are text"
+            f"{path}: {quoted} fields look quoted; tsv files have no quoting, so the quotes are part of the text"
         )
     return table
 
@@ -153,7 +153,7 @@ def _read_json(path: Path) -> Table:
     if path.suffix.lower() == ".json" and content.lstrip().startswith(b"["):
         rows = json.loads(content, object_pairs_hook=_unique_keys)
     else:
-        # Not splitlines: a raw U+2028 within a string ends no line.
+        # Not splitlines, which would split at a raw U+2028 within a string.
         lines = enumerate(content.split(b"\n"), 1)
         rows = [_json_line(line, number) for number, line in lines if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
@@ -181,25 +181,25 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_duplicates(names: Sequence[str], kind: str = "column") -> None:
     twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if twice is not None:
-        raise ValueError(f"{kind} {twice!r} is there twice")
+        raise ValueError(f"{kind} {twice!r} is duplicated")
 
 
 def _refuse_half_characters(rows: list[dict[str, Any]]) -> None:
-    """Refuse half of a surrogate pair: no encoding has such a character."""
+    """Refuse unpaired surrogates, which cannot be encoded."""
     for number, row in enumerate(rows):
         for name, value in row.items():
             try:
                 json.dumps([name, value], ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 half = error.object[error.start : error.end]
-                raise ValueError(f"column {name!a} holds half of a character, {half!a}, in row {number}") from None
+                raise ValueError(f"column {name!a} holds an unpaired surrogate, {half!a}, in row {number}") from None
 
 
 def find_split(folder: Path, split: str) -> list[Path]:
-    """The file of a split in ``folder``, or its parts (``train-00000-of-00002.parquet``); empty if there is none.
+    """The file of a split in ``folder``, or its parts (``train-00000-of-00002.parquet``); empty if there are none.
 
     Raises:
-        InputError: the split is there twice, or some of its parts are missing.
+        InputError: there are several files of the split, or some of its parts are missing.
     """
     found: dict[str, list[Path]] = {}
     for extension in EXTENSIONS:
@@ -212,14 +212,12 @@ def find_split(folder: Path, split: str) -> list[Path]:
             _check_parts(folder, [pattern.fullmatch(path.name).groups() for path in parts])
             found[f"parts {extension}" if extension in found else extension] = parts
     if len(found) > 1:
-        raise InputError(
-            f"{folder}: holds {split} as {' and as '.join(found)}; keep one, or name it with {split}_file"
-        )
+        raise InputError(f"{folder}: holds {split} as {' and as '.join(found)}; keep one, or set {split}_file")
     return next(iter(found.values()), [])
 
 
 def _check_parts(folder: Path, numbers: list[tuple[str, str]]) -> None:
-    """Raise InputError unless the (part, of) pairs are all parts of one whole."""
+    """Raise InputError unless the (part, count) pairs are all parts of one split."""
     counts = {int(count) for _, count in numbers}
     there = sorted(int(part) for part, _ in numbers)
     if len(counts) > 1:
@@ -228,11 +226,11 @@ def _check_parts(folder: Path, numbers: list[tuple[str, str]]) -> None:
     if missing:
         raise InputError(f"{folder}: holds {len(there)} of {max(counts)} parts; part {missing[0]:05d} is missing")
     if len(there) != max(counts):
-        raise InputError(f"{folder}: holds a part twice, or one beyond the {max(counts)} that there are")
+        raise InputError(f"{folder}: holds a duplicate part, or a part beyond the {max(counts)}")
 
 
 def read_split(folder: Path, split: str) -> Table | None:
-    """The table of a split in ``folder``, its parts put together, or None if there is no such file.
+    """The table of a split in ``folder``, its parts concatenated, or None if there is no file.
 
     Raises:
         InputError: a file is unreadable, or the parts have different columns or classes.

@@ -1,4 +1,4 @@
-"""What can be trained: :class:`Task`, and :data:`KINDS`, the one registry of kinds of task.
+"""Tasks to train on (:class:`Task`), and :data:`KINDS`, the registry of kinds of task.
 
 A kind is a name, the dataclasses of its options, and a function that builds a task from them. The scripts,
 comparisons and ``measure_sharpness.py`` take every kind from here, so a new one is a module with a :class:`TaskKind`
@@ -17,33 +17,33 @@ from .config import InputError
 
 
 def unchanged(dataset: Any) -> Any:
-    """The view of a task whose trainer reads the dataset itself."""
+    """Return the dataset as it is: the view of a task whose trainer reads the dataset directly."""
     return dataset
 
 
 @dataclass
 class Task:
-    """What is to be learned, whatever the optimizer: data, model and metric.
+    """What to learn, independent of the optimizer: data, model and metric.
 
     Attributes:
         name: short name, used in file names: "sst2".
-        build_model: returns a new model; what is random in it comes from torch's global generator. With
+        build_model: returns a new model; its random weights come from torch's global generator. With
             ``trained=True`` it raises InputError where the checkpoint lacks some weights (a head for this task).
         train_dataset: training examples (a ``datasets.Dataset`` with a label column, which may be subset or changed),
             or None without training.
         eval_datasets: held-out examples by suffix of their metrics' names: ``{"": ...}``, for MNLI
             ``{"": matched, "_mm": mismatched}``.
         predict_datasets: examples to predict, by suffix, with labels or without.
-        compute_metrics: Trainer's: an EvalPrediction -> metrics by name.
+        compute_metrics: Trainer's: maps an EvalPrediction to metrics by name.
         main_metric: the metric that plots and tables show.
-        greater_is_better: whether a greater ``main_metric`` is better.
+        greater_is_better: whether higher values of ``main_metric`` are better.
         data_collator: Trainer's.
         processing_class: the tokenizer or image processor saved with the model.
-        train_view: what Trainer trains on, from ``train_dataset``; the dataset itself by default.
-        augments: whether ``train_view`` changes the examples at random.
-        eval_view: what Trainer evaluates on, from any of the datasets; the dataset itself by default.
+        train_view: converts ``train_dataset`` to what Trainer trains on; by default the dataset itself.
+        augments: whether ``train_view`` augments the examples at random.
+        eval_view: converts any of the datasets to what Trainer evaluates; by default the dataset itself.
         label_names: class names by index, or None for a regression or a language model.
-        baseline: value of ``main_metric`` on the held-out examples when always predicting the majority class.
+        baseline: ``main_metric`` on the held-out examples when the majority class is always predicted.
         card: arguments of ``Trainer.create_model_card``.
         trainer_cls: the Trainer that the task needs.
         trainer_kwargs: further arguments of that class.
@@ -74,10 +74,10 @@ class TaskKind:
     """A kind of task.
 
     Attributes:
-        argument_classes: dataclasses of its options, the model's among them.
+        argument_classes: dataclasses of its options, including those of the model.
         build: ``build(*arguments, training_args=..., splits=...) -> Task``, with one instance of each of
-            ``argument_classes`` in that order, TrainingArguments, and the splits needed, of "train", "validation" and
-            "test". Raises InputError for data or models that cannot be used; writes nothing but caches.
+            ``argument_classes`` in that order, TrainingArguments, and the names of the splits needed ("train",
+            "validation", "test"). Raises InputError for data or models that cannot be used; writes only caches.
         training_arguments: TrainingArguments, or the subclass that its Trainer takes.
     """
 
@@ -86,7 +86,7 @@ class TaskKind:
     training_arguments: type[TrainingArguments] = TrainingArguments
 
 
-# By name: the kind, or the module whose ``KIND`` it is; a module is imported when it is used (clm needs TRL).
+# The kind by name, or the module that defines it as ``KIND``, imported when it is used (clm needs TRL).
 KINDS: dict[str, TaskKind | str] = {
     "glue": "hf_dualadam.finetuning.glue",
     "image_classification": "hf_dualadam.finetuning.images",
@@ -95,13 +95,13 @@ KINDS: dict[str, TaskKind | str] = {
 
 
 def task_kind(name: str) -> TaskKind:
-    """The kind of task of this name.
+    """Look up a kind of task by name.
 
     Raises:
         InputError: there is no such kind, or a package that it needs is missing.
     """
     if name not in KINDS:
-        raise InputError(f"{name!r} is not a kind of task, {', '.join(KINDS)} are")
+        raise InputError(f"{name!r} is not a kind of task; should be one of {', '.join(KINDS)}")
     kind = KINDS[name]
     if isinstance(kind, TaskKind):
         return kind

@@ -1,19 +1,19 @@
-"""Escape times from a minimum with the real optimizer classes: the theory behind InvAdam and DualAdam, simulated.
+"""Simulate escape times from a minimum with the optimizer classes: the theory behind InvAdam and DualAdam.
 
 Near a minimum of sharpness H (second derivative of the loss), a minibatch gradient of batch size B carries noise of
 variance C = H / B. An optimizer that multiplies the gradient by a mobility P then moves like a particle at temperature
 
     T = eta * P * C / 2                                   eta: learning rate
 
-and leaves the minimum over a barrier of height dL after, on average,
+and crosses a barrier of height dL after, on average,
 
     tau = tau_0 * exp(dL / T) = tau_0 * exp(2 * B * dL / (eta * P * H))            [steps]
 
     1 / tau_0 = w_a / (2 pi) * (sqrt(gamma^2 / 4 + w_b^2) - gamma / 2) / w_b
 
 (Kramers 1940), where w_a^2 = eta P gamma H at the minimum, w_b^2 = eta P gamma |H_b| at the top of the barrier, and
-gamma = -log(beta1) is the friction per step of a first moment with decay beta1. Element-wise optimizers differ in P
-only, because v, the second moment, is C near the minimum:
+gamma = -log(beta1) is the friction per step of a first moment with decay beta1. The optimizers differ only in P, where
+the second moment v equals C near the minimum:
 
     SGD       P = 1                                  log(tau / tau_0) ~ H^-1
     Adam      P = v^(-1/2)                           log(tau / tau_0) ~ H^(-1/2)
@@ -36,17 +36,17 @@ from torch import Tensor
 from ..optimizers import DualAdam, InvAdam
 
 BETAS = (0.9, 0.999)
-BATCH_SIZE = 1.0  # B; 1 puts the noise variance H / B near 1, where both of DualAdam's updates count
-BARRIER = 0.2  # dL; B * dL small keeps the barrier's own slope from raising v (see `escape_times`)
-# dL / T of the simulated sharpnesses. The theory wants a barrier of several temperatures; the points below are there
-# to show where it stops.
+BATCH_SIZE = 1.0  # B; at 1 the noise variance H / B is near 1, where both of DualAdam's updates matter
+BARRIER = 0.2  # dL; with a small B * dL the slope of the barrier does not raise v (see `escape_times`)
+# dL / T of the simulated sharpnesses. The theory assumes a barrier of several temperatures; the lower ones show
+# where it fails.
 FITTED = (3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0)
 OUTSIDE = (0.5, 1.0, 1.5, 2.0)
-MIDDLE = 5.0  # dL / T at H = B, the same for all optimizers: this sets their learning rates
-MIN_ESCAPES = 10  # fewer leave the mean escape time of a point too uncertain to fit
+MIDDLE = 5.0  # dL / T at H = B, the same for all optimizers; it determines their learning rates
+MIN_ESCAPES = 10  # with fewer, the mean escape time of a point is too uncertain to fit
 _RELAX = 100  # steps before counting starts: several relaxation times
-_CHECK_EVERY = 10  # steps between two looks at who has escaped; escapes take far longer
-_SWITCH_RATE = 1e-7  # DualAdam's alpha falls by 0.001 in 10,000 steps: held, as far as escaping goes
+_CHECK_EVERY = 10  # steps between checks for escapes, which take far longer
+_SWITCH_RATE = 1e-7  # DualAdam's alpha falls by only 0.001 in 10,000 steps
 _WARM_STEPS = 1e6  # step count at the start, where Adam's bias corrections are 1
 
 
@@ -54,7 +54,7 @@ class Rule(NamedTuple):
     """An optimizer of the study: ``sgd``, ``adam``, ``invadam`` or ``dualadam`` at a fixed ``alpha``."""
 
     name: str
-    alpha: float | None  # share of the inverse update; None for SGD, which has no second moment
+    alpha: float | None  # weight of the inverse update; None for SGD, which has no second moment
 
     @property
     def slope(self) -> float:
@@ -93,16 +93,16 @@ class EscapeTime(NamedTuple):
     seed: int
     sharpness: float  # H, curvature of the loss at the minimum
     learning_rate: float
-    theory: float  # dL / T: what theory has for log_ratio
-    escapes: int  # particles seen to escape
+    theory: float  # dL / T: log_ratio according to the theory
+    escapes: int  # number of particles that escaped
     mean_escape_steps: float  # tau; infinite if none escaped
-    attempt_steps: float  # tau_0, from theory alone
+    attempt_steps: float  # tau_0, from the theory
     log_ratio: float  # log(tau / tau_0), what the slopes are fitted to
-    fitted: bool  # lies where the theory holds
+    fitted: bool  # within the range of the theory
 
 
 def build_optimizer(rule: Rule, param: Tensor, noise_variance: Tensor) -> torch.optim.Optimizer:
-    """The optimizer class of a rule, started where the theory starts: with moments that have settled.
+    """Build the optimizer of a rule with converged moments, as the theory assumes.
 
     All rules average the gradient over the same window (SGD by ``momentum`` = ``dampening``), so only P differs.
 
@@ -153,7 +153,7 @@ def attempt_steps(rule: Rule, sharpness: float) -> float:
 def escape_times(rule: Rule, particles: int = 1024, steps: int = 10_000, seed: int = 0) -> list[EscapeTime]:
     """Measure the mean escape time of one optimizer at each sharpness of ``OUTSIDE`` and ``FITTED``.
 
-    Every element of one tensor is a particle of its own in the double well dL * ((x/w)^2 - 1)^2, whose sharpness is
+    Every element of one tensor is a particle in the double well dL * ((x/w)^2 - 1)^2, whose sharpness is
     H = 8 dL / w^2, with gradient noise of variance H / B. It starts in the minimum at w and has escaped when it
     reaches the one at -w. The mean of an exponential waiting time is estimated as (particle steps waited) /
     (escapes), which also counts the particles that are still waiting.
@@ -217,8 +217,8 @@ def fit_slope(points: list[EscapeTime]) -> dict[str, float | list[float] | int]:
     fitted = [point for point in points if point.fitted]
     if len(fitted) < 3:
         raise ValueError(
-            f"Only {len(fitted)} sharpnesses of {points[0].optimizer} saw {MIN_ESCAPES} escapes or more, and a slope "
-            "needs 3: raise particles or steps."
+            f"{len(fitted)} sharpnesses of {points[0].optimizer} had {MIN_ESCAPES} escapes or more; a slope "
+            "needs 3: increase particles or steps."
         )
     x = [math.log(point.sharpness) for point in fitted]
     y = [math.log(point.log_ratio) for point in fitted]
@@ -231,14 +231,14 @@ class ValleyWalk(NamedTuple):
     """Paths of particles over :func:`two_valleys`."""
 
     paths: Tensor  # (steps + 1, particles shown, 2)
-    share_flat: float  # share of all particles in the flat valley at the end
+    share_flat: float  # fraction of all particles in the flat valley at the end
 
 
 SHARP, FLAT = 2.0, 0.5  # sharpness of the two valleys
 
 
 def two_valleys(position: Tensor) -> Tensor:
-    """A loss over the plane: a sharp valley at x < 0 and a flat one at x > 0, equally deep, with a barrier between.
+    """A loss over the plane: a sharp valley at x < 0 and a flat one at x > 0, of equal depth.
 
     Args:
         position: (..., 2), x and y.
@@ -257,7 +257,7 @@ def _valley_curvature(position: Tensor) -> Tensor:
 
 
 def walk_valleys(rule: Rule, particles: int = 512, steps: int = 3000, seed: int = 0, shown: int = 3) -> ValleyWalk:
-    """Let particles start at the bottom of the sharp valley of :func:`two_valleys`, with noise of variance H / B.
+    """Start particles at the bottom of the sharp valley of :func:`two_valleys`, with noise of variance H / B.
 
     Args:
         rule: which optimizer; all use the same learning rate.
@@ -267,7 +267,7 @@ def walk_valleys(rule: Rule, particles: int = 512, steps: int = 3000, seed: int 
         shown: number of particles whose paths are kept. Default 3.
 
     Returns:
-        Paths and the share of particles that end in the flat valley.
+        Paths, and the fraction of particles that end in the flat valley.
     """
     start = torch.tensor([-((8 * BARRIER / SHARP) ** 0.5), 0.0])
     position = torch.nn.Parameter(start.repeat(particles, 1))

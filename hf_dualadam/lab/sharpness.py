@@ -1,8 +1,8 @@
-"""How sharp a minimum is: largest Hessian eigenvalue, Hessian trace, and the loss rise in a small ball.
+"""Measure how sharp a minimum is: largest Hessian eigenvalue, Hessian trace, and loss rise in a small ball.
 
-Hessian-vector products, the Lanczos eigenvalue and the trace come from ``hessian-eigenthings``, which takes the dict
-batches of Hugging Face models (masks and labels included) as they are and needs nothing but torch and scipy.
-(``curvlinops`` does the same, but requires torchvision, which has no build beside a CPU-only torch.)
+Hessian-vector products, the Lanczos eigenvalue and the trace come from ``hessian-eigenthings``, which accepts the dict
+batches of Hugging Face models (including masks and labels) and needs only torch and scipy. (``curvlinops`` does the
+same, but requires torchvision.)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Sharpness(NamedTuple):
         hessian_top_eigenvalue: largest (algebraic) eigenvalue of the Hessian of that loss.
         hessian_trace: Hutchinson's estimate of the trace.
         hessian_trace_stderr: its standard error over the random vectors; NaN for a single one.
-        ball_sharpness: loss rise at distance ``rho`` along the gradient (SAM's sharpness, Foret et al. 2021).
+        ball_sharpness: loss rise at distance ``rho`` along the gradient: SAM's sharpness (Foret et al. 2021).
     """
 
     loss: float
@@ -54,20 +54,20 @@ def measure_sharpness(
     trace_samples: int = 10,
     seed: int = 0,
 ) -> Sharpness:
-    """Measure the sharpness of ``model`` on ``batches``; weights and mode are left as they were.
+    """Measure the sharpness of ``model`` on ``batches``; weights and mode are unchanged afterwards.
 
-    The model runs in evaluation mode (no dropout). Parameters that the loss does not depend on are left out.
+    The model runs in evaluation mode (no dropout). Parameters that do not affect the loss are ignored.
 
     Args:
         model: called as ``model(**batch)``; its output has a ``loss``, the mean over the batch's examples.
-        batches: fixed batches with labels, on any device; they may differ in size.
+        batches: fixed batches with labels, on any device, of any sizes.
         rho: radius of the ball, in the parameters' Euclidean norm. Default 0.05.
         lanczos_steps: Hessian-vector products for the eigenvalue. Default 15.
         trace_samples: Hessian-vector products for the trace. Default 10.
         seed: of the random vectors. Default 0.
 
     Returns:
-        The figures.
+        The measurements.
 
     Raises:
         ValueError: there is no batch, or a number is out of range.
@@ -94,7 +94,7 @@ def measure_sharpness(
 def loss_slice(
     model: nn.Module, batches: Sequence[Batch], distances: Sequence[float], *, lanczos_steps: int = 15, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Loss along two straight lines through the weights; the weights are left as they were.
+    """Loss along two straight lines through the weights, which are unchanged afterwards.
 
     Args:
         model: as for :func:`measure_sharpness`.
@@ -126,7 +126,7 @@ class _LossSurface:
         device = next(model.parameters()).device
         batches = [move_batch_to_device(dict(batch), device) for batch in batches]
         sizes = [next(value.shape[0] for value in batch.values() if isinstance(value, Tensor)) for batch in batches]
-        # The library averages over batches; with these weights that is the average over examples.
+        # The library averages over batches; these weights turn it into the mean over examples.
         self.batches = [(batch, size * len(sizes) / sum(sizes)) for batch, size in zip(batches, sizes)]
         self.params = _used_parameters(model, batches[0])
         self.hessian = HessianOperator(
@@ -134,7 +134,7 @@ class _LossSurface:
         )
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
-        """The loss and its flat gradient."""
+        """The loss and its gradient as one vector."""
         total, gradient = 0.0, torch.zeros(self.hessian.size, dtype=self.hessian.dtype, device=self.hessian.device)
         for item in self.batches:
             loss = _weighted_loss(self.hessian.model, item) / len(self.batches)
@@ -145,7 +145,7 @@ class _LossSurface:
 
     @torch.no_grad()
     def losses_along(self, direction: Tensor, distances: Sequence[float]) -> list[float]:
-        """The loss at each distance along a flat ``direction`` of any length; a zero direction stays in place."""
+        """The loss at each distance along a flat ``direction`` of any length; with a zero direction it is constant."""
         unit = vector_to_params(direction / direction.norm().clamp_min(1e-30), self.params)
         saved = {name: param.clone() for name, param in self.params.items()}
         losses = []

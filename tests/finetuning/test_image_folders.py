@@ -93,16 +93,16 @@ def test_what_is_no_image_is_counted(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["bus", "train"], "'train' may be a split or a class, as 'bus' beside it is no split"),
+        (["bus", "train"], "'train' may be a split or a class: 'bus' is not a split"),
         (["train/a", "train/b", "other/a"], "'train' may be a split or a class"),
         (["val/a", "val/b", "dev/a", "dev/b"], "both mean validation"),
-        (["train/a", "train/b", "loose.png"], "loose.png: lies beside the folders of the splits"),
-        (["a", "b", "loose.png"], "loose.png: lies beside the class folders"),
-        (["train"], "lies in no class folder"),
-        (["a", "b/deep"], "deep/0.png: lies deeper than a folder of class 'b'"),
+        (["train/a", "train/b", "loose.png"], "loose.png: is next to the folders of the splits"),
+        (["a", "b", "loose.png"], "loose.png: is next to the class folders"),
+        (["train"], "is not in a class folder"),
+        (["a", "b/deep"], "deep/0.png: is deeper than the folder of class 'b'"),
         (["a"], "only one class folder, 'a'"),
         (["train/a/x.txt"], "holds no images"),
-        (["a::b", "c"], "reads '::' in a path as a chain"),
+        (["a::b", "c"], "interprets '::' in a path as a chain"),
         ([], "holds no images"),
     ],
 )

@@ -105,7 +105,7 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, model):
         assert torch.equal(tensor, weights[name]), name
     state = tmp_path / "out" / "checkpoint-5" / "trainer_state.json"
     state.write_text(state.read_text()[:100])  # as if killed while it was written
-    with pytest.raises(InputError, match="checkpoint-5/trainer_state.json: cannot be read, it is truncated"):
+    with pytest.raises(InputError, match="checkpoint-5/trainer_state.json: cannot be read: it is truncated"):
         run_glue.main([*whole, "--resume_from_checkpoint", str(state.parent)])
     resumed = run_glue.main([*whole, "--resume_from_checkpoint", "true"])
     assert resumed.trainer.state.global_step == 5 and state.read_text().endswith("}\n")

@@ -65,7 +65,9 @@ def test_a_kind_of_task_is_one_registry_entry(tmp_path, monkeypatch):
     own, args = parse((*kind.argument_classes, kind.training_arguments), ["--output_dir", str(tmp_path), *FAST])
     finished = run(kind.build(own, training_args=args, splits=["train"]), args, write=False)
     assert finished.metrics["eval_zero"] == 0.0
-    with pytest.raises(InputError, match="'lines' is not a kind of task, glue, image_classification, clm, line are"):
+    with pytest.raises(
+        InputError, match="'lines' is not a kind of task; should be one of glue, image_classification, clm, line"
+    ):
         task_kind("lines")
 
 
@@ -98,7 +100,7 @@ def test_text_columns_are_found_and_said(tmp_path, model, caplog, header, row, u
 
 def test_numbers_alone_are_no_text(tmp_path, model):
     (tmp_path / "a.csv").write_text("id,label\n1,0\n2,1\n")
-    with pytest.raises(InputError, match="holds no text column; there are 'id', 'label'"):
+    with pytest.raises(InputError, match="has no text column; its columns are 'id', 'label'"):
         built(model, tmp_path / "a.csv")
 
 

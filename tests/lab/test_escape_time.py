@@ -101,6 +101,6 @@ def test_an_earlier_run_is_not_overwritten(script, outputs, capsys):
 
 
 def test_too_few_escapes_end_in_an_error(script, tmp_path):
-    with pytest.raises(SystemExit, match="raise particles or steps"):
+    with pytest.raises(SystemExit, match="increase particles or steps"):
         script.main(["--output_dir", str(tmp_path), "--particles", "1", "--steps", "10"])
     assert not list(tmp_path.iterdir())

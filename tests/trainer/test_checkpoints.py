@@ -40,9 +40,9 @@ def test_finds_nothing_where_nothing_is(tmp_path):
 def test_truncated_files_are_found(folder, caplog, name, share):
     path = folder / "checkpoint-12" / name
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert checkpoint_problem(path.parent).startswith(f"{path}: cannot be read, it is truncated")
+    assert checkpoint_problem(path.parent).startswith(f"{path}: cannot be read: it is truncated")
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-8")
-    assert f"Passing over an incomplete checkpoint: {path}" in caplog.text
+    assert f"Skipping an incomplete checkpoint: {path}" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", '{"epoch": 1.0, "glo', "[1, 2", "\ud800".encode("utf-8", "surrogatepass")])
@@ -71,7 +71,7 @@ def test_missing_shard_is_found(folder):
 
 def test_sharded_optimizer_without_its_table_of_contents(folder):
     (folder / "checkpoint-12" / "optimizer_0").mkdir()
-    assert checkpoint_problem(folder / "checkpoint-12").endswith("optimizer_0: is incomplete, it holds no .metadata")
+    assert checkpoint_problem(folder / "checkpoint-12").endswith("optimizer_0: is incomplete: it holds no .metadata")
 
 
 def test_checkpoint_of_another_model_is_told(folder):
@@ -81,7 +81,9 @@ def test_checkpoint_of_another_model_is_told(folder):
     wider.layers = torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1))
     problem = checkpoint_problem(checkpoint, wider)
     assert problem == (
-        f"{checkpoint / 'model.safetensors'}: is of another model, its layers.0.bias has shape (8,), here it has (9,)"
+        f"{checkpoint / 'model.safetensors'}: is of another model: its layers.0.bias has shape (8,), here (9,)"
     )
     save_file({"encoder.weight": torch.ones(2)}, checkpoint / "model.safetensors")
-    assert "is of another model, encoder.weight and all else" in checkpoint_problem(checkpoint, TinyModel())
+    assert "is of another model: none of its weights, such as encoder.weight," in checkpoint_problem(
+        checkpoint, TinyModel()
+    )
