@@ -42,6 +42,8 @@ require_or_exit("finetune")
 import matplotlib
 import torch
 
+from hf_dualadam.finetuning.config import InputError
+from hf_dualadam.finetuning.training import check_writable
 from hf_dualadam.lab.escape import (
     BARRIER,
     FLAT,
@@ -77,13 +79,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="each repeats every measurement")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run")
     args = parser.parse_args(argv)
-    for name in ("particles", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"argument --{name}: {getattr(args, name)} - should be 1 or more")
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"argument --seeds: {args.seeds} - should be distinct numbers, 0 or more")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        parser.error(f"argument --output_dir: {args.output_dir} is a file - should be a folder")
+    for name, most in (("particles", 10**8), ("steps", 10**10)):
+        if not 1 <= getattr(args, name) <= most:
+            parser.error(f"argument --{name}: {getattr(args, name)} - should be 1 or more, and at most {most}")
+    if not all(0 <= seed < 2**63 for seed in args.seeds) or len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"argument --seeds: {args.seeds} - should be distinct numbers, 0 or more and below 2**63")
+    try:
+        check_writable(args.output_dir)
+    except InputError as error:
+        parser.error(f"argument --{error}")
     existing = [name for name in OUTPUTS if (args.output_dir / name).exists()]
     if existing and not args.overwrite:
         parser.error(f"argument --output_dir: {args.output_dir} already has {', '.join(existing)}; add --overwrite")

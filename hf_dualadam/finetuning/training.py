@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from ..trainer.checkpoints import TRAINER_STATE, checkpoint_problem, last_complete_checkpoint
 from ..trainer.nonfinite import StopOnNonFinite
 from .config import InputError
+from .learning_curves import plot_learning_curves
 from .metrics import SMALLER_IS_BETTER
-from .plots import plot_learning_curves
 from .tasks import Task
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, pat
     curves = {label: lines for label, lines in curves.items() if lines}
     if not curves:
         return
-    figure = Figure(figsize=(4.6 * len(curves), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(curves), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     for axis, (label, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
@@ -47,7 +47,8 @@ def plot_learning_curves(log_history: Sequence[dict[str, Any]], metric: str, pat
         axis.set_xlabel("optimizer steps")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        axis.legend()
+        # Below the panel: within it, the legend would cover curves.
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     figure.savefig(path, dpi=120)
 
 
