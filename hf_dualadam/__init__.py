@@ -4,10 +4,11 @@ Where transformers is installed, importing this package makes ``TrainingArgument
 ``optim="invadam"`` valid.
 """
 
+from .gradient_release import release_gradients
 from .optimizers import DualAdam, InvAdam
 
 __version__ = "0.1.0"
-__all__ = ["DualAdam", "InvAdam", "register"]
+__all__ = ["DualAdam", "InvAdam", "register", "release_gradients"]
 
 try:
     from .trainer import register

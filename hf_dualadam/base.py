@@ -263,6 +263,23 @@ class MomentOptimizer(Optimizer):
             self._update(group, items)
         return loss
 
+    @torch.no_grad()
+    def step_params(self, params: list[Tensor], group: Group) -> None:
+        """Perform one optimization step of some parameters of a group, leaving the others as they are.
+
+        Step hooks do not run: this is for gradient release (:mod:`hf_dualadam.gradient_release`).
+
+        Args:
+            params: parameters with gradients.
+            group: the group that they are in.
+
+        Raises:
+            RuntimeError: as :meth:`step`.
+        """
+        batches = [(group, self._collect({**group, "params": params}))]
+        for options, items in kernels.update(batches) if self.rule.kernel else batches:
+            self._update(options, items)
+
     def _collect(self, group: Group) -> list[Item]:
         """Parameter, gradient and state of each parameter with a gradient; completes the states."""
         items = []

@@ -13,6 +13,7 @@ from transformers.training_args import TrainingArguments
 from ..base import MAX_COUNT
 from ..diagnostics import InverseStatistics, inverse_statistics
 from ..functional import inverse_weight
+from ..gradient_release import GradientRelease, release_gradients, releases
 from ..optimizers import OPTIMIZERS, DualAdam
 from .optim_args import parse_optim_args
 
@@ -24,7 +25,7 @@ DIVERGING_STEP = 0.1
 
 
 class DualAdamCallback(TrainerCallback):
-    """Resolves ``switch_fraction``, logs what the inverse part does, and warns.
+    """Resolves ``switch_fraction``, releases gradients, logs what the inverse part does, and warns.
 
     With every training log of Trainer it adds ``alpha``, ``inverse_share`` and ``inverse_rms_ratio``
     (:class:`~hf_dualadam.diagnostics.InverseStatistics`), measured on logging steps only. Every Trainer gets one when
@@ -38,6 +39,7 @@ class DualAdamCallback(TrainerCallback):
         self._report: str | None = None
         self._planned_steps: int | None = None
         self._planned_groups: list[int] = []
+        self._release: GradientRelease | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,10 +47,11 @@ class DualAdamCallback(TrainerCallback):
         """Check ``optim_args`` as soon as there is a Trainer.
 
         Raises:
-            ValueError: see :func:`parse_optim_args`.
+            ValueError: see :func:`parse_optim_args`; ``release_gradients`` with what excludes it.
         """
         if args.optim in OPTIMIZERS:
             parse_optim_args(args.optim_args, OPTIMIZERS[args.optim])
+            _check_release(args)
 
     def plan(self, args: TrainingArguments, optimizer: Any, steps: int) -> None:
         """Turn ``switch_fraction`` into a rate, each time that Trainer plans a training.
@@ -86,6 +89,7 @@ class DualAdamCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: torch.nn.Module | None = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -93,10 +97,12 @@ class DualAdamCallback(TrainerCallback):
 
         Raises:
             RuntimeError: the optimizer asked for is not the one that would run, or cannot keep its promise.
+            ValueError: gradients cannot be released here.
         """
         self._warned.clear()
         self._report, self.loss_is_checked = None, False
         inner = _unwrap(optimizer)[-1]
+        self._end_stale_releases(model, inner)
         is_ours = isinstance(inner, tuple(OPTIMIZERS.values()))
         if not is_ours:
             self._check_other_optimizer(args, inner)
@@ -111,9 +117,28 @@ class DualAdamCallback(TrainerCallback):
         for group in inner.param_groups:  # checkpoints of version 0.1 and before hold Trainer's plan
             for key in ("switch_fraction", "planned_steps"):
                 group.pop(key, None)
+        if _check_release(args) and model is not None:
+            self._release = release_gradients(model, inner)
+        elif model is not None and releases(model):
+            _refuse_what_excludes_release(args, "release_gradients()")
         if "switch_rate" in inner.defaults:
             self._report_switch(args, state, inner)
         self._planned_steps, self._planned_groups = None, []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as it was."""
+        if self._release is not None:
+            self._release.remove()
+            self._release = None
+
+    def _end_stale_releases(self, model: torch.nn.Module | None, inner: Any) -> None:
+        """End what a training that was stopped by an error has left behind."""
+        for release in releases(model) if model is not None else ():
+            if release is self._release or release.optimizer is not inner:
+                release.remove()
+        self._release = None
 
     def on_log(
         self,
@@ -275,6 +300,29 @@ def _switch_fraction(args: TrainingArguments, inner: Any) -> float | None:
     if cls is None or type(inner) is not cls:
         return None
     return parse_optim_args(args.optim_args, cls).get("switch_fraction")
+
+
+def _check_release(args: TrainingArguments) -> bool:
+    """Whether ``optim_args`` ask for gradient release; a ValueError says what of the other arguments excludes it."""
+    cls = OPTIMIZERS.get(args.optim)
+    if cls is None or not parse_optim_args(args.optim_args, cls).get("release_gradients"):
+        return False
+    _refuse_what_excludes_release(args, "Invalid optim_args: release_gradients=true")
+    return True
+
+
+def _refuse_what_excludes_release(args: TrainingArguments, what: str) -> None:
+    problem = None
+    if args.deepspeed:
+        problem = "DeepSpeed, which does not expose gradients: use FSDP2"
+    elif args.gradient_accumulation_steps > 1:
+        problem = f"gradient_accumulation_steps={args.gradient_accumulation_steps}: set it to 1"
+    elif args.max_grad_norm:
+        problem = f"max_grad_norm={args.max_grad_norm}, a norm over all gradients: set it to 0"
+    elif args.fp16:
+        problem = "fp16, whose loss scale is divided out after the backward pass: use bf16"
+    if problem:
+        raise ValueError(f"{what} cannot be combined with {problem}.")
 
 
 def _is_training_log(logs: dict[str, Any]) -> bool:

@@ -11,6 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from ..optimizers import OPTIMIZERS
+from .optim_args import parse_optim_args
+
 NAMED = 5  # parameters in the message
 
 
@@ -39,6 +42,13 @@ class StopOnNonFinite(TrainerCallback):
         if args.fp16 or args.deepspeed:
             mode = "fp16, whose loss scaling skips them by design" if args.fp16 else "DeepSpeed, which hides gradients"
             raise ValueError(f"Invalid callback: StopOnNonFinite with {mode} - should be used with bf16 or fp32.")
+        if args.optim in OPTIMIZERS and parse_optim_args(args.optim_args, OPTIMIZERS[args.optim]).get(
+            "release_gradients"
+        ):
+            raise ValueError(
+                "Invalid callback: StopOnNonFinite with release_gradients=true, which updates weights before all "
+                "gradients have been checked - should be used without."
+            )
         self._forget()
         for name, param in model.named_parameters():
             if param.requires_grad:

@@ -68,6 +68,12 @@ OPTIM_ARGS = {
         "24 or 32",
         "precision to which bfloat16 and float16 weights are trained",
     ),
+    "release_gradients": OptimArg(
+        _flag,
+        "true or false",
+        "update each weight within the backward pass and free its gradient",
+        needs="state_bits",  # what MomentOptimizers have; the callback does it
+    ),
     "foreach": OptimArg(_flag, "true or false", "force or disable the multi-tensor path"),
     "fused": OptimArg(_flag, "true or false", "force or disable the one-pass kernel"),
 }

@@ -29,11 +29,13 @@ def _optimizer_cls_and_kwargs(
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """What Trainer needs to build the optimizer that ``args.optim`` names.
 
-    ``switch_fraction`` is not among it: it becomes a rate when Trainer knows its number of steps.
+    ``switch_fraction`` and ``release_gradients`` are not among it: :class:`DualAdamCallback` sees to them when Trainer
+    knows its number of steps and its model.
     """
     optimizer_cls = OPTIMIZERS[args.optim]
     options = parse_optim_args(args.optim_args, optimizer_cls)
-    options.pop("switch_fraction", None)
+    for name in ("switch_fraction", "release_gradients"):
+        options.pop(name, None)
     adams = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     arguments = inspect.signature(optimizer_cls).parameters
     return optimizer_cls, {name: value for name, value in adams.items() if name in arguments} | options
