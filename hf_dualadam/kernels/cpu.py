@@ -133,7 +133,8 @@ def _row(item: Item, group: Group) -> tuple[int, ...] | None:
     if dtype is None or grad.dtype != param.dtype or not all(tensor.is_cpu for tensor in found):
         return None
     correction, correction_bits = _correction(param, state)
-    scales, moments, row = _NO_SCALES, None, param.numel()
+    scales: tuple[int, ...] | None = _NO_SCALES
+    moments, row = None, param.numel()
     if exp_avg.dtype == exp_avg_sq.dtype:
         moments = _MOMENTS[param.dtype].get(exp_avg.dtype)
     elif exp_avg.dtype == torch.int8 and exp_avg_sq.dtype == torch.uint8 and dtype != _DTYPES[torch.float64][0]:
