@@ -25,6 +25,7 @@ import torch
 import hf_dualadam
 
 from . import kernels
+from .extras import require_or_exit
 
 PACKAGES = (
     "torch",
@@ -44,6 +45,7 @@ ExceptionHook = Callable[[type[BaseException], BaseException, "types.TracebackTy
 USAGE = """\
 hf-dualadam SCRIPT.py [ARGS...]     run a script, as python SCRIPT.py does
        hf-dualadam -m MODULE [ARGS...]     run a module, as python -m MODULE does
+       hf-dualadam compare PLAN.yaml       compare optimizers; --help lists its options
        hf-dualadam env                     print versions, paths and kernels, for bug reports"""
 DESCRIPTION = """\
 Runs an unmodified script with DualAdam and InvAdam registered, so that every script which reads
@@ -69,13 +71,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"hf_dualadam {hf_dualadam.__version__}")
     parser.add_argument("-m", dest="module", action="store_true", help="the target is the name of a module")
-    parser.add_argument("target", help="script, module, or the word env (./env for a script of that name)")
+    parser.add_argument("target", help="script, module, or a word: compare or env (./env for a script of that name)")
     # Everything behind the target belongs to it, options like --version too.
     argv = sys.argv[1:] if argv is None else argv
     end = next((index for index, item in enumerate(argv) if not item.startswith("-")), len(argv)) + 1
     args, rest = parser.parse_args(argv[:end]), argv[end:]
     if args.module:
         run_module(args.target, rest)
+    elif args.target == "compare":
+        require_or_exit("compare")
+        from .lab.compare import run_command
+
+        run_command(rest)
     elif args.target == "env":
         if rest:
             parser.error(f"env takes no arguments, got {' '.join(rest)}")

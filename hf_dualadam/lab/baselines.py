@@ -7,6 +7,7 @@ of every optimizer.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from transformers.training_args import OptimizerNames
 
 from ..finetuning.config import InputError
 from ..trainer import OPTIMIZERS, parse_optim_args
+
+# Transformers before 5 has no table of optimizers, and its SGD takes no momentum from optim_args.
+OLD_TRAINER = importlib.util.find_spec("transformers.trainer_optimizer") is None
 
 
 class TrainerSAM(SAM):
@@ -187,6 +191,12 @@ class OptimizerSetting:
         if self.switch_fraction is not None:
             options["switch_fraction"] = self.switch_fraction
         return ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items())
+
+    @property
+    def runs_in_scripts(self) -> bool:
+        """Whether ``--optim``, ``--optim_args`` and the like are enough to choose it in a script of one's own."""
+        only_class = self.baseline.optim is None or self.inverse_parameters is not None
+        return not only_class and self.baseline.trainer_cls is Trainer and not (self.base == "sgd" and OLD_TRAINER)
 
     def summary(self) -> dict[str, Any]:
         """The setting as plain values, for a report."""

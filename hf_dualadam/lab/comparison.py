@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
+import re
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..finetuning.config import InputError, check_type
+from ..finetuning.tasks import KINDS
 from .baselines import BASELINES, OptimizerSetting, baseline
+from .metric import Metric, known_direction
 
-SCRIPTS = ("glue", "image_classification")
+# What a comparison sets itself, and a task's arguments must leave alone.
+RESERVED = ("learning_rate", "optim", "optim_args", "seed", "output_dir")
 # Points of the training, as shares of its steps, at which the inverse share is noted.
 SHARE_POINTS = {"inverse_share_1pct": 0.01, "inverse_share_10pct": 0.1, "inverse_share_50pct": 0.5}
 COLUMNS = (
@@ -28,32 +34,145 @@ CURVE_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskSetting:
-    """One task of a comparison.
+    """One task of a comparison, of a kind that ``finetuning.tasks`` knows.
 
     Attributes:
-        script: whose arguments these are: "glue" (run_glue.py) or "image_classification".
+        script: the kind, whose script's arguments these are: "glue" (run_glue.py), "image_classification", "clm".
         arguments: the script's own keys, those of TrainingArguments among them; ``max_steps`` is required.
         learning_rate: centre of the range of Adam's learning rates.
+        learning_rates: the rates to try, the same for all optimizers; instead of ``learning_rate``.
         selection_fraction: share of the training examples that is set aside to choose the learning rate.
         label_noise: share of the remaining training labels that is replaced by random classes.
     """
 
     script: str
     arguments: dict[str, Any]
-    learning_rate: float
+    learning_rate: float | None = None
+    learning_rates: list[float] | None = None
     selection_fraction: float = 0.2
     label_noise: float = 0.0
 
     def __post_init__(self):
         """Check the ranges."""
-        _check(self.script in SCRIPTS, "script", self.script, "one of " + ", ".join(SCRIPTS))
-        _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _check_rates(self)
         _check(0 < self.selection_fraction < 1, "selection_fraction", self.selection_fraction, "between 0 and 1")
         _check(0 <= self.label_noise <= 1, "label_noise", self.label_noise, "in [0, 1]")
+        _check_reserved(self.arguments)
         max_steps = self.arguments.get("max_steps")
         _check(isinstance(max_steps, int) and max_steps > 0, "max_steps", max_steps, "a whole number above 0")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run with one gradient a step."""
+        return self.arguments["max_steps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptSetting:
+    """One task of a comparison that is a Trainer script of one's own, or an installed module.
+
+    Attributes:
+        script: path of the script.
+        module: name of a module that runs as ``python -m``; instead of ``script``.
+        arguments: what the script is given besides the optimizer's options: a list of words, or options by name.
+        metric: key of its all_results.json or eval_results.json, or of what its Trainer logs; with or without the
+            prefix ``eval_``. It chooses the learning rate.
+        heldout_metric: key of the final score, on other data. By default ``metric``: then choosing and scoring share
+            one set.
+        greater_is_better: the direction of both; needed only where the metric's name does not tell.
+        learning_rate: as for :class:`TaskSetting`; by default that of TrainingArguments.
+        learning_rates: as for :class:`TaskSetting`.
+    """
+
+    script: str | None = None
+    module: str | None = None
+    arguments: list[Any] | dict[str, Any] = field(default_factory=list)
+    metric: str = "eval_loss"
+    heldout_metric: str | None = None
+    greater_is_better: bool | None = None
+    learning_rate: float | None = None
+    learning_rates: list[float] | None = None
+    checksum: str = field(init=False, default="")  # of the script's text: a changed script makes other runs
+
+    label_noise = 0.0  # nobody but the script changes its data
+    steps = None  # known to the script alone
+
+    def __post_init__(self):
+        """Check that there is such a script, and the ranges."""
+        if self.learning_rate is None and self.learning_rates is None:
+            object.__setattr__(self, "learning_rate", 5e-5)
+        _check_rates(self)
+        if (self.script is None) == (self.module is None):
+            raise InputError("script and module: give one of them")
+        if self.script is not None:
+            _check(Path(self.script).is_file(), "script", self.script, "the path of a file")
+            object.__setattr__(self, "checksum", hashlib.sha256(Path(self.script).read_bytes()).hexdigest())
+        else:
+            _check(_is_module(self.module), "module", self.module, "the name of an installed module")
+        direction = self.greater_is_better if self.greater_is_better is not None else known_direction(self.metric)
+        _check(direction is not None, "greater_is_better", None, f"true or false: {self.metric!r} does not tell which")
+        _check_reserved(self.arguments)
+        self.command_line()
+
+    @property
+    def target(self) -> str:
+        """The script or module, for messages."""
+        return self.script or self.module
+
+    @property
+    def scored_by(self) -> Metric:
+        """The metric."""
+        direction = self.greater_is_better if self.greater_is_better is not None else known_direction(self.metric)
+        return Metric(self.metric.removeprefix("eval_"), direction)
+
+    @property
+    def metric_keys(self) -> dict[str, str]:
+        """The script's names of the loss and the metric while it trains -> columns of the curves."""
+        keys = {"eval_loss": "selection_loss", self.metric: "selection_metric"}
+        return keys | {f"eval_{self.metric}": "selection_metric"}
+
+    def command_line(self) -> list[str]:
+        """The arguments as words.
+
+        ``true`` stands for the option alone; mappings and lists within a mapping are written as JSON and as several
+        words.
+        """
+        if isinstance(self.arguments, list):
+            return [str(word) for word in self.arguments]
+        words: list[str] = []
+        for name, value in self.arguments.items():
+            _check(value is not None, f"arguments.{name}", value, "a value; leave the option out instead")
+            values = value if isinstance(value, list) else [value]
+            texts = [json.dumps(item) if isinstance(item, dict | bool) else str(item) for item in values]
+            words += [f"--{name}"] + ([] if value is True else texts)
+        return words
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _check_rates(task: TaskSetting | ScriptSetting) -> None:
+    if (task.learning_rate is None) == (task.learning_rates is None):
+        raise InputError("learning_rate and learning_rates: give one of them")
+    if task.learning_rate is not None:
+        _check(task.learning_rate > 0, "learning_rate", task.learning_rate, "above 0")
+    else:
+        rates = task.learning_rates
+        different = len(set(rates)) == len(rates) >= 1
+        _check(different and min(rates) > 0, "learning_rates", rates, "different numbers above 0")
+
+
+def _check_reserved(arguments: list[Any] | dict[str, Any]) -> None:
+    words = [f"--{name}" for name in arguments] if isinstance(arguments, dict) else map(str, arguments)
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+    if reserved := sorted(given & set(RESERVED)):
+        raise InputError(f"arguments: {', '.join(reserved)} - should be left to the comparison")
 
 
 @dataclass(frozen=True)
@@ -77,8 +196,8 @@ class SharpnessSetting:
 class ComparisonArguments:
     """The keys of a comparison's YAML file.
 
-    ``tasks`` maps names to :class:`TaskSetting`'s keys, ``optimizers`` maps names to nothing or to
-    :class:`OptimizerSetting`'s keys (``base`` by default the name itself), ``sharpness`` holds
+    ``tasks`` maps names to the keys of :class:`TaskSetting` or :class:`ScriptSetting`, ``optimizers`` maps names to
+    nothing or to :class:`OptimizerSetting`'s keys (``base`` by default the name itself), ``sharpness`` holds
     :class:`SharpnessSetting`'s keys.
     """
 
@@ -100,6 +219,10 @@ class ComparisonArguments:
     learning_rate_factor: float = field(default=3.0, metadata={"help": "Ratio of neighbouring learning rates."})
     switch_fraction: float = field(
         default=0.16, metadata={"help": "Share of the steps for the inverse phase and for the control's warm-up."}
+    )
+    references: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What each optimizer is compared with; by default adamw and the same warm-up."},
     )
     sharpness: dict[str, Any] = field(default_factory=dict, metadata={"help": "How sharpness is measured (YAML)."})
 
@@ -129,6 +252,11 @@ class RunSpec:
         """Identifies the run in the storage: equal keys mean equal settings."""
         return f"{self.role} {self.task} {self.optimizer} {self.learning_rate:g} {self.seed} {self.digest}"
 
+    @property
+    def slug(self) -> str:
+        """The key as a file name."""
+        return re.sub(r"[^A-Za-z0-9_.+-]+", "-", self.key)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -136,26 +264,29 @@ class Comparison:
 
     name: str
     question: str
-    tasks: dict[str, TaskSetting]
+    tasks: dict[str, TaskSetting | ScriptSetting]
     optimizers: dict[str, OptimizerSetting]
     seeds: list[int]
     selection_seeds: list[int]
     num_learning_rates: int
     learning_rate_factor: float
+    references: list[str]
     sharpness: SharpnessSetting
 
     def learning_rates(self, task: str, optimizer: str) -> list[float]:
-        """The learning rates to try, lowest first, around the centre of the optimizer's range."""
-        centre = self.tasks[task].learning_rate * self.optimizers[optimizer].centre
+        """The learning rates to try, lowest first: those given, or around the centre of the optimizer's range."""
+        setting = self.tasks[task]
+        if setting.learning_rates is not None:
+            return sorted(setting.learning_rates)
+        centre = setting.learning_rate * self.optimizers[optimizer].centre
         middle = (self.num_learning_rates - 1) / 2
         exponents = [index - middle for index in range(self.num_learning_rates)]
         return [float(f"{centre * self.learning_rate_factor**exponent:.3g}") for exponent in exponents]
 
-    def steps(self, task: str, optimizer: str) -> int:
-        """Optimizer steps of a run: equal budgets mean an equal number of gradients."""
-        return max(
-            1, self.tasks[task].arguments["max_steps"] // self.optimizers[optimizer].baseline.gradients_per_step
-        )
+    def steps(self, task: str, optimizer: str) -> int | None:
+        """Optimizer steps of a run: equal budgets mean an equal number of gradients. None where the script decides."""
+        steps = self.tasks[task].steps
+        return steps and max(1, steps // self.optimizers[optimizer].baseline.gradients_per_step)
 
     def run(self, task: str, optimizer: str, learning_rate: float, seed: int, role: str) -> RunSpec:
         """One run with its digest."""
@@ -170,13 +301,10 @@ class Comparison:
 
     def selection_runs(self, task: str, optimizer: str) -> list[RunSpec]:
         """The runs that choose the learning rate of one optimizer on one task; none where there is only one rate."""
-        if self.num_learning_rates == 1:
+        rates = self.learning_rates(task, optimizer)
+        if len(rates) == 1:
             return []
-        return [
-            self.run(task, optimizer, rate, seed, "selection")
-            for rate in self.learning_rates(task, optimizer)
-            for seed in self.selection_seeds
-        ]
+        return [self.run(task, optimizer, rate, seed, "selection") for rate in rates for seed in self.selection_seeds]
 
     def final_runs(self, task: str, optimizer: str, learning_rate: float) -> list[RunSpec]:
         """The runs at the chosen learning rate."""
@@ -193,14 +321,9 @@ class Comparison:
         """All (task, optimizer)."""
         return [(task, optimizer) for task in self.tasks for optimizer in self.optimizers]
 
-    def runs_per_pair(self) -> dict[str, int]:
-        """Number of runs of one optimizer on one task, by role."""
-        selection = self.num_learning_rates * len(self.selection_seeds) if self.num_learning_rates > 1 else 0
-        return {"selection": selection, "final": len(self.seeds)}
-
     def size(self) -> int:
         """Number of runs, both roles."""
-        return sum(self.runs_per_pair().values()) * len(self.pairs())
+        return sum(len(self.selection_runs(*pair)) + len(self.seeds) for pair in self.pairs())
 
 
 def make_comparison(args: ComparisonArguments) -> Comparison:
@@ -223,19 +346,45 @@ def make_comparison(args: ComparisonArguments) -> Comparison:
     _check(bool(args.selection_seeds), "selection_seeds", args.selection_seeds, "at least one number")
     _check(args.num_learning_rates >= 1, "num_learning_rates", args.num_learning_rates, "at least 1")
     _check(args.learning_rate_factor > 1, "learning_rate_factor", args.learning_rate_factor, "above 1")
+    tasks = {name: _task(f"tasks.{name}", value) for name, value in args.tasks.items()}
+    optimizers = {name: _optimizer(name, value or {}, args.switch_fraction) for name, value in args.optimizers.items()}
+    for name in args.references:
+        _check(name in optimizers, "references", name, "one of " + ", ".join(optimizers))
+    for task, setting in tasks.items():
+        if isinstance(setting, ScriptSetting):
+            _check_for_script(task, optimizers)
     return Comparison(
         name=args.name,
         question=args.question,
-        tasks={name: _build(TaskSetting, value, f"tasks.{name}") for name, value in args.tasks.items()},
-        optimizers={
-            name: _optimizer(name, value or {}, args.switch_fraction) for name, value in args.optimizers.items()
-        },
+        tasks=tasks,
+        optimizers=optimizers,
         seeds=seeds,
         selection_seeds=args.selection_seeds,
         num_learning_rates=args.num_learning_rates,
         learning_rate_factor=args.learning_rate_factor,
+        references=args.references,
         sharpness=_build(SharpnessSetting, args.sharpness, "sharpness"),
     )
+
+
+def _task(where: str, values: Any) -> TaskSetting | ScriptSetting:
+    check_type(where, values, dict[str, Any])
+    script = values.get("script")
+    if script is None or script in KINDS:
+        return _build(ScriptSetting if "module" in values else TaskSetting, values, where)
+    if not Path(str(script)).is_file():
+        raise InputError(f"{where}.script: {script!r} - should be one of {', '.join(KINDS)}, or the path of a script")
+    return _build(ScriptSetting, values, where)
+
+
+def _check_for_script(task: str, optimizers: dict[str, OptimizerSetting]) -> None:
+    """Refuse optimizers that a script cannot choose by ``--optim``."""
+    for name, setting in optimizers.items():
+        if not setting.runs_in_scripts:
+            raise InputError(
+                f"optimizers.{name}: {setting.base} is not an optimizer that a script can choose by --optim and "
+                f"--optim_args, and {task} is a script of its own"
+            )
 
 
 def _optimizer(name: str, values: Any, switch_fraction: float) -> OptimizerSetting:
@@ -256,7 +405,8 @@ def _optimizer(name: str, values: Any, switch_fraction: float) -> OptimizerSetti
 def _build(cls: type, values: Any, where: str) -> Any:
     """One settings object from a mapping, with errors that say where in the file they belong."""
     check_type(where, values, dict[str, Any])
-    hints = typing.get_type_hints(cls)
+    types = typing.get_type_hints(cls)
+    hints = {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init}
     required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     for key, value in values.items():
         _check(key in hints, f"{where}.{key}", value, "one of the keys " + ", ".join(hints))

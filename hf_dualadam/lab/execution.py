@@ -1,34 +1,18 @@
-"""One run of a comparison: train with one optimizer, evaluate, measure sharpness -> one row of figures."""
+"""Does one run of a comparison, whatever its task: a run specification -> a row of results."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
-import tempfile
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
-import torch
-from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
-
-from ..finetuning.config import InputError, from_values
-from ..finetuning.tasks import Task, task_kind
-from ..finetuning.training import run
-from .comparison import COLUMNS, SHARE_POINTS, Comparison, RunSpec, TaskSetting
-from .sharpness import measure_sharpness
-
-# The selection split and the noisy labels are the same in all runs. The seed of the labels differs from that of the
-# training examples that are scored after training (0), which would otherwise be the noisy ones.
-SPLIT_SEED, NOISE_SEED = 0, 1
-CURVE_POINTS = 12
-EVALUATIONS = 5  # on the selection split during a final run, for the curves
+from ..finetuning.config import InputError
+from .comparison import Comparison, RunSpec, ScriptSetting
+from .kind_runs import KindRuns
+from .metric import Metric
+from .script_runs import ScriptRuns
 
 
 class Laboratory:
@@ -36,288 +20,72 @@ class Laboratory:
 
     Args:
         comparison: what is compared.
+        folder: of the comparison, for the logs of scripts.
         data_root: folder that ``data_dir`` of a task is relative to.
     """
 
-    def __init__(self, comparison: Comparison, data_root: Path = Path()):
-        self.comparison, self.data_root = comparison, data_root
-        self._tasks: dict[str, tuple[Task, Dataset, dict[str, Any]]] = {}
+    def __init__(self, comparison: Comparison, folder: Path, data_root: Path = Path()):
+        self.comparison, self.folder, self.data_root = comparison, folder, data_root
+        self._runs: dict[str, KindRuns | ScriptRuns] = {}
 
-    def metric(self, name: str) -> str:
-        """Name of the task's metric.
+    def metric(self, task: str) -> Metric:
+        """A task's metric.
 
         Raises:
             InputError: the task cannot be loaded as the file says.
         """
-        return self._task(name)[0].main_metric
+        return self._of(task).metric
 
-    def sizes(self, name: str) -> dict[str, Any]:
-        """Number of training, selection and held-out examples of a task, and the majority class's metric."""
-        task, selection, _ = self._task(name)
-        held_out = next(iter(task.eval_datasets.values()))
-        examples = {"train": task.train_dataset, "selection": selection, "heldout": held_out}
-        return {f"{split}_examples": len(rows) for split, rows in examples.items()} | {"majority": task.baseline}
+    def facts(self, task: str) -> dict[str, Any]:
+        """What a report says of a task's data: numbers of examples, where they are known here."""
+        return self._of(task).facts
 
     def execute(self, spec: RunSpec) -> dict[str, Any]:
-        """Do one run. Whatever goes wrong ends up in the row's ``status``, and the process lives on.
+        """Do one run. What goes wrong in it ends up in the row's ``status``, and the process lives on.
 
         Args:
             spec: the run.
 
         Returns:
-            ``row``: the results by column of :data:`COLUMNS`, None where there is none; ``curves``: logged numbers, a
-            dict per step; ``wall_seconds``: duration with loading, evaluation and sharpness.
+            ``row``: the results by column of ``COLUMNS``, None where there is none; ``curves``: logged numbers, a dict
+            per step; ``score``: the selection metric, greater is better, or None for a run that failed;
+            ``wall_seconds``: duration with loading, evaluation and sharpness.
+
+        Raises:
+            InputError: a script of one's own fails before it trains, or does not report the metric, so that all its
+                runs would fail alike.
         """
         started, row = time.monotonic(), self.comparison.empty_row(spec)
+        runs = self._of(spec.task)
         curves: list[dict[str, float]] = []
         try:
-            self._run(spec, row, curves)
+            runs.run(spec, row, curves)
         except Exception as error:  # the other runs go on
+            if isinstance(error, InputError) and isinstance(runs, ScriptRuns):
+                raise
             row["status"] = f"crashed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         gc.collect()
         row = {name: _json_number(value) for name, value in row.items()}
-        return {"row": row, "curves": curves, "wall_seconds": time.monotonic() - started}
+        score = runs.metric.sign * row["selection_metric"] if row["status"] == "ok" else None
+        return {"row": row, "curves": curves, "score": score, "wall_seconds": time.monotonic() - started}
 
-    def _run(self, spec: RunSpec, row: dict[str, Any], curves: list[dict[str, float]]) -> None:
-        task, selection, values = self._task(spec.task)
-        setting = self.comparison.optimizers[spec.optimizer]
-        final = spec.role == "final"
-        # The first data set is also evaluated while training, for the curves: never the held-out one.
-        splits = {"_selection": selection, **(task.eval_datasets if final else {})}
-        recorder = Recorder(row["steps"], task.main_metric, curves)
-        with tempfile.TemporaryDirectory() as folder, _PeakMemory() as memory:
-            args = _training_arguments(
-                task_kind(self.comparison.tasks[spec.task].script).training_arguments,
-                values,
-                row["steps"],
-                final=final,
-                output_dir=folder,
-                seed=spec.seed,
-                **setting.training_arguments(spec.learning_rate),
-            )
-            finished = run(
-                dataclasses.replace(task, eval_datasets=splits),
-                args,
-                optimizer_cls_and_kwargs=setting.optimizer_cls_and_kwargs(spec.learning_rate),
-                callbacks=[recorder],
-                trainer_cls=setting.trainer_cls(),
-                write=False,
-                print_logs=False,
-            )
-        row |= _scores(finished.metrics, task, final) | recorder.shares()
-        row |= {"seconds": finished.metrics["train_runtime"], "peak_memory_mb": memory.peak / 2**20}
-        losses = [row[name] for name in ("selection_loss", "heldout_loss", "train_loss") if row[name] is not None]
-        row["status"] = "ok" if not recorder.diverged and all(map(math.isfinite, losses)) else "diverged"
-        if final and row["status"] == "ok" and self.comparison.sharpness.examples:
-            row |= self._sharpness(finished.trainer, task)
+    def _of(self, task: str) -> KindRuns | ScriptRuns:
+        if task not in self._runs:
+            if isinstance(self.comparison.tasks[task], ScriptSetting):
+                self._runs[task] = ScriptRuns(task, self.comparison, self.folder)
+            else:
+                self._runs[task] = KindRuns(task, self.comparison, self.data_root)
+                gc.freeze()  # modules and data stay: the collections after each run need not look through them
+        return self._runs[task]
 
-    def _sharpness(self, trainer, task: Task) -> dict[str, float]:
-        setting = self.comparison.sharpness
-        examples = task.train_dataset.select(range(min(setting.examples, len(task.train_dataset))))
-        measured = measure_sharpness(
-            trainer.model,
-            list(trainer.get_eval_dataloader(task.eval_view(examples))),
-            rho=setting.rho,
-            lanczos_steps=setting.lanczos_steps,
-            trace_samples=setting.trace_samples,
-        )
-        return {name: getattr(measured, name) for name in COLUMNS if name in measured._fields}
-
-    def _task(self, name: str) -> tuple[Task, Dataset, dict[str, Any]]:
-        if name not in self._tasks:
-            try:
-                self._tasks[name] = _load_task(self.comparison.tasks[name], self.data_root)
-            except InputError as error:
-                raise InputError(f"tasks.{name}: {error}") from None
-            gc.freeze()  # modules and data stay: the collections after each run need not look through them
-        return self._tasks[name]
-
-
-class Recorder(TrainerCallback):
-    """Logs at fixed points of the run, keeps the curves and stops a run that has diverged.
-
-    Args:
-        steps: planned optimizer steps.
-        metric: evaluation metric to keep.
-        curves: list that takes the logged numbers, a dict per step.
-    """
-
-    def __init__(self, steps: int, metric: str, curves: list[dict[str, float]]):
-        self.curves, self.diverged, self._training = curves, False, True
-        self.share_steps = {name: max(1, round(share * steps)) for name, share in SHARE_POINTS.items()}
-        self.log_steps = {1, *self.share_steps.values()}
-        self.log_steps |= {max(1, round(steps * point / CURVE_POINTS)) for point in range(1, CURVE_POINTS + 1)}
-        # Trainer's names -> those of CURVE_COLUMNS
-        self.kept = {name: name for name in ("loss", "alpha", "inverse_share")}
-        self.kept |= {"eval_loss": "selection_loss", f"eval_{metric}": "selection_metric"}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Ask for a log at this run's points."""
-        control.should_log = state.global_step in self.log_steps
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Keep the numbers; stop on a loss or gradient that is not finite."""
-        logged = {ours: logs[theirs] for theirs, ours in self.kept.items() if logs.get(theirs) is not None}
-        if not self._training or not logged:
-            return
-        if not math.isfinite(logs.get("loss", 0.0)) or not math.isfinite(logs.get("grad_norm", 0.0)):
-            self.diverged = control.should_training_stop = True
-            return
-        self.curves.append(
-            {"step": state.global_step} | {name: float(f"{value:.5g}") for name, value in logged.items()}
-        )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Leave the evaluations after training out of the curves."""
-        self._training = False
-
-    def shares(self) -> dict[str, float]:
-        """The inverse share at the points of :data:`SHARE_POINTS`, where the optimizer has one."""
-        logged = {point["step"]: point["inverse_share"] for point in self.curves if "inverse_share" in point}
-        return {name: logged[step] for name, step in self.share_steps.items() if step in logged}
-
-
-class _PeakMemory:
-    """Highest memory of this process within the context, in bytes: allocated on the GPU, or else resident."""
-
-    def __enter__(self) -> _PeakMemory:
-        self.peak, self._stop = 0, threading.Event()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        process = psutil.Process()
-        while not self._stop.is_set():
-            self.peak = max(self.peak, process.memory_info().rss)
-            self._stop.wait(0.1)
-
-    def __exit__(self, *error) -> None:
-        self._stop.set()
-        self._thread.join()
-        if torch.cuda.is_available():
-            self.peak = torch.cuda.max_memory_allocated()
-
-
-def _load_task(setting: TaskSetting, data_root: Path) -> tuple[Task, Dataset, dict[str, Any]]:
-    """The task with its noisy training part, its selection split, and the values for TrainingArguments."""
-    kind = task_kind(setting.script)
-    values = dict(setting.arguments)
-    if values.get("data_dir"):
-        values["data_dir"] = str(data_root / values["data_dir"])
-    names = {field.name for cls in kind.argument_classes for field in dataclasses.fields(cls)}
-    own = {name: value for name, value in values.items() if name in names}
-    training = {name: value for name, value in values.items() if name not in names}
-    ours = sorted({"learning_rate", "optim", "optim_args", "seed", "output_dir"} & set(training))
-    if ours:
-        raise InputError(f"arguments: {', '.join(ours)} - should be left to the comparison")
-    # Errors of all arguments now, not in the first run.
-    training_args = _training_arguments(kind.training_arguments, training, 1, final=True, output_dir="unused")
-    task = kind.build(*from_values(kind.argument_classes, own, defaults=lambda given: {}), training_args=training_args)
-    task, selection = _carve(task, setting)
-    if task.trainer_cls is Trainer:  # others prepare the examples themselves
-        eval_view, train_view = _in_memory(task.eval_view), _in_memory(task.train_view)
-        if task.augments:  # only the augmentation is done anew for each epoch
-            decoded, augment = _in_memory(lambda dataset: dataset), task.train_view
-            train_view = lambda dataset: augment(decoded(dataset))  # noqa: E731
-        task = dataclasses.replace(task, eval_view=eval_view, train_view=train_view)
-    return task, selection, training
-
-
-def _in_memory(view: Callable[[Any], Any]) -> Callable[[Dataset], list[Any]]:
-    """The same view of a data set, decoded once for all runs."""
-    kept: dict[str, list[Any]] = {}
-
-    def look(dataset: Dataset) -> list[Any]:
-        if dataset._fingerprint not in kept:
-            kept[dataset._fingerprint] = list(view(dataset))
-        return kept[dataset._fingerprint]
-
-    return look
-
-
-def _carve(task: Task, setting: TaskSetting) -> tuple[Task, Dataset]:
-    """Set the selection split aside, then replace a share of the remaining labels by random classes."""
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(task.train_dataset))
-    size = round(setting.selection_fraction * len(order))
-    if not 0 < size < len(order):
-        raise InputError(f"selection_fraction: {setting.selection_fraction} of {len(order)} examples leaves no split")
-    selection, train = task.train_dataset.select(order[:size]), task.train_dataset.select(order[size:])
-    if setting.label_noise:
-        train = randomize_labels(train, setting.label_noise, len(task.label_names or ()))
-    return dataclasses.replace(task, train_dataset=train), selection
-
-
-def randomize_labels(dataset: Dataset, share: float, classes: int) -> Dataset:
-    """Replace a share of the labels by classes drawn at random (which may hit the right one), always the same way.
-
-    Args:
-        dataset: with a label column.
-        share: in [0, 1].
-        classes: number of classes.
-
-    Raises:
-        InputError: there are no classes (a regression).
-    """
-    if not classes:
-        raise InputError(f"label_noise: {share} - should be 0 for a task without classes")
-    column = "labels" if "labels" in dataset.column_names else "label"
-    generator = np.random.default_rng(NOISE_SEED)
-    labels = np.array(dataset[column])
-    chosen = generator.permutation(len(labels))[: round(share * len(labels))]
-    labels[chosen] = generator.integers(classes, size=len(chosen))
-    feature = dataset.features[column]
-    return dataset.remove_columns(column).add_column(column, labels.tolist()).cast_column(column, feature)
-
-
-def _training_arguments(
-    cls: type[TrainingArguments], values: dict[str, Any], steps: int, *, final: bool, **fixed: Any
-) -> TrainingArguments:
-    """The task's values for TrainingArguments, and what a comparison fixes."""
-    (args,) = from_values(
-        (cls,),
-        values
-        | {
-            "max_steps": steps,
-            "do_train": True,
-            "do_eval": True,
-            "logging_strategy": "no",  # the Recorder asks for logs
-            "logging_nan_inf_filter": False,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "eval_strategy": "steps" if final else "no",
-            "eval_steps": max(1, steps // EVALUATIONS),
-        }
-        | fixed,
-        # TRL turns both on, which is for large models on GPUs.
-        defaults=lambda given: {} if cls is TrainingArguments else {"bf16": False, "gradient_checkpointing": False},
-    )
-    return args
-
-
-def _scores(metrics: dict[str, float], task: Task, final: bool) -> dict[str, float]:
-    """The row's metrics and losses from those of the run."""
-    metric = task.main_metric
-    scores = {
-        "selection_metric": metrics[f"eval_{metric}_selection"],
-        "selection_loss": metrics["eval_loss_selection"],
-        "train_metric": metrics[f"train_eval_{metric}"],
-        "train_loss": metrics["train_eval_loss"],
-    }
-    if final:
-        scores |= {"heldout_metric": metrics[f"eval_{metric}"], "heldout_loss": metrics["eval_loss"]}
-        gap = scores["train_metric"] - scores["heldout_metric"]
-        scores["gap_metric"] = gap if task.greater_is_better else -gap
-        scores["gap_loss"] = scores["heldout_loss"] - scores["train_loss"]
-    return scores
+    def close(self) -> None:
+        """Let modules and data be collected again, so that extensions do not report them as leaked at exit."""
+        self._runs.clear()
+        gc.unfreeze()
 
 
 def _json_number(value: Any) -> Any:
-    """Floats rounded to 6 figures; those that are not finite have no place in JSON."""
+    """Floats rounded to 6 digits; those that are not finite have no place in JSON."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .comparison import CURVE_COLUMNS
-from .significance import mean_interval
+from .metric import Metric
+from .significance import Difference, mean_interval
 
-MARKERS = "osD^vP*X<>"
+# Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vP*"
 LINES = ("-", "--", "-.", ":")
+SERIES_PER_PANEL = 7
 PANELS_PER_ROW = 3
+PANEL_WIDTH = 4.6
 
 Draw = Callable[[Axes, str, pd.DataFrame], None]
 
 
-def draw_all(runs: pd.DataFrame, curves: pd.DataFrame, metrics: dict[str, str], folder: Path) -> dict[str, str]:
-    """Draw every figure that there are data for, one panel a task.
+def draw_all(
+    runs: pd.DataFrame,
+    curves: pd.DataFrame,
+    metrics: Mapping[str, Metric],
+    differences: Mapping[str, Mapping[tuple[str, str], Difference]],
+    folder: Path,
+) -> dict[str, str]:
+    """Draw every figure that there are data for.
 
     Args:
         runs: the results, one row a run.
-        curves: logged figures of the final runs, one row a run and step.
-        metrics: name of each task's metric.
+        curves: logged numbers of the final runs, one row a run and step.
+        metrics: each task's metric.
+        differences: paired differences by task.
         folder: takes the PNG files.
 
     Returns:
@@ -41,62 +52,105 @@ def draw_all(runs: pd.DataFrame, curves: pd.DataFrame, metrics: dict[str, str], 
     final = runs[runs["role"] == "final"]
     captions: dict[str, str] = {}
 
-    def figure(name: str, caption: str, data: pd.DataFrame, draw: Draw, legend: bool = True) -> None:
+    def rows(name: str, caption: str, column: str, label: Callable[[str], str], scale: Callable[[str], float]) -> None:
+        """One row per optimizer in each panel."""
+        data = final.dropna(subset=column)
         if not data.empty:
-            _panels(folder / name, caption, data, draw, style.legend(set(data["optimizer"])) if legend else [])
+            _panels(
+                folder / name,
+                caption,
+                {task: (part, "") for task, part in data.groupby("task", sort=False)},
+                lambda axes, task, part: style.strip(axes, part, column, label(task), scale(task)),
+                height=max(2.6, 0.32 * data["optimizer"].nunique() + 1.2),
+            )
             captions[name] = caption
 
-    figure(
+    def series(name: str, caption: str, data: pd.DataFrame, draw: Draw, *, lines: bool = True) -> None:
+        """One series per optimizer; more than fit in a panel are shared out over several."""
+        if data.empty:
+            return
+        groups = style.groups_of(set(data["optimizer"]))
+        parts = {
+            f"{task} ({index + 1} of {len(groups)})" if len(groups) > 1 else task: (part, task)
+            for task, rows_of_task in data.groupby("task", sort=False)
+            for index, group in enumerate(groups)
+            if not (part := rows_of_task[rows_of_task["optimizer"].isin(group)]).empty
+        }
+        _panels(
+            folder / name,
+            caption,
+            parts,
+            lambda axes, title, part: (draw(axes, parts[title][1], part), style.legend(axes, part, lines)),
+            height=4.4,
+            share_within_task=len(groups) > 1,
+        )
+        captions[name] = caption
+
+    rows(
         "heldout.png",
         "Held-out metric: every seed (dots), mean and 95 % interval (bars).",
-        final.dropna(subset="heldout_metric"),
-        lambda axes, task, data: style.strip(
-            axes, data, "heldout_metric", f"held-out {_words(metrics[task])} [%]", 100
-        ),
-        legend=False,
+        "heldout_metric",
+        lambda task: f"held-out {metrics[task].label}",
+        lambda task: metrics[task].scale,
     )
-    figure(
+    if any(differences.values()):
+        caption = "Difference to each reference, paired by seed: mean and 95 % interval; right of 0 is better."
+        _panels(
+            folder / "differences.png",
+            caption,
+            {
+                f"{task}: to {reference}": (found, task)
+                for task, of_task in differences.items()
+                for reference in dict.fromkeys(pair[1] for pair in of_task)
+                if (found := [d for pair, d in of_task.items() if pair[1] == reference])
+            },
+            lambda axes, title, found: _forest(axes, found, metrics[title.partition(": to ")[0]]),
+            height=max(2.6, 0.32 * max(map(len, differences.values())) + 1.2),
+        )
+        captions["differences.png"] = caption
+    rows(
         "gap_metric.png",
-        "Generalization gap of the metric, training minus held-out: every seed, mean and 95 % interval.",
-        final.dropna(subset="gap_metric"),
-        lambda axes, task, data: style.strip(
-            axes, data, "gap_metric", f"gap of {_words(metrics[task])} [points]", 100
-        ),
-        legend=False,
+        "Generalization gap of the metric: every seed (dots), mean and 95 % interval (bars).",
+        "gap_metric",
+        lambda task: f"gap of {metrics[task].words} [{metrics[task].unit}]",
+        lambda task: metrics[task].scale,
     )
-    figure(
+    rows(
         "gap_loss.png",
         "Generalization gap of the loss, held-out minus training: every seed, mean and 95 % interval.",
-        final.dropna(subset="gap_loss"),
-        lambda axes, task, data: style.strip(axes, data, "gap_loss", "gap of the loss [nats]", 1),
-        legend=False,
+        "gap_loss",
+        lambda task: "gap of the loss [nats]",
+        lambda task: 1.0,
     )
-    figure(
+    series(
         "sharpness_gap.png",
         "Sharpness (largest Hessian eigenvalue of the training loss) against the gap of the loss, one mark a run.",
         final[final["hessian_top_eigenvalue"] > 0].dropna(subset="gap_loss"),
         lambda axes, task, data: style.scatter(axes, data),
+        lines=False,
     )
-    figure(
+    series(
         "learning_rates.png",
-        "Learning-rate sensitivity: selection metric, mean over the selection seeds; crosses at the foot: diverged.",
+        "Learning-rate sensitivity: selection metric, mean over the selection seeds; crosses at the foot: failed.",
         runs[runs["role"] == "selection"],
-        lambda axes, task, data: style.rates(axes, data, f"selection {_words(metrics[task])} [%]"),
+        lambda axes, task, data: style.rates(axes, data, metrics[task]),
     )
     logged = _with_budget(curves.reindex(columns=CURVE_COLUMNS), final)
     for column, what, label, scale in (
-        ("loss", "Training loss", "training loss [nats]", 1),
-        ("selection_loss", "Loss on the selection split", "selection loss [nats]", 1),
-        ("selection_metric", "Metric on the selection split", "selection metric [%]", 100),
-        ("alpha", "Weight alpha of the inverse update", "alpha", 1),
+        ("loss", "Training loss", lambda m: "training loss [nats]", lambda m: 1.0),
+        ("selection_loss", "Loss on the selection split", lambda m: "selection loss [nats]", lambda m: 1.0),
+        ("selection_metric", "Metric on the selection split", lambda m: f"selection {m.label}", lambda m: m.scale),
+        ("alpha", "Weight alpha of the inverse update", lambda m: "alpha", lambda m: 1.0),
     ):
-        figure(
+        series(
             f"curves_{column}.png",
             f"{what} during training: mean over the seeds, the band spans all of them.",
             logged.dropna(subset=column),
-            lambda axes, task, data, c=column, y=label, s=scale: style.curves(axes, data, c, y, s),
+            lambda axes, task, data, c=column, y=label, s=scale: style.curves(
+                axes, data, c, y(metrics[task]), s(metrics[task])
+            ),
         )
-    figure(
+    series(
         "curves_inverse_share.png",
         "Norm of the inverse part over the norm of the whole update: mean over the seeds, the band spans all of them.",
         logged[logged["inverse_share"] > 0],
@@ -108,29 +162,43 @@ def draw_all(runs: pd.DataFrame, curves: pd.DataFrame, metrics: dict[str, str], 
 
 
 class _Style:
-    """Draws panels with one colour and marker per optimizer."""
+    """Draws panels; an optimizer has the same colour and marker in all of them."""
 
     def __init__(self, optimizers: list[str]):
-        colours = colormaps["tab10" if len(optimizers) <= 10 else "tab20"].colors
         self.optimizers = optimizers
+        count = math.ceil(len(optimizers) / SERIES_PER_PANEL)
+        size = math.ceil(len(optimizers) / count)
+        self.groups = [optimizers[start : start + size] for start in range(0, len(optimizers), size)]
         self.looks = {
-            name: {
-                "color": colours[i % len(colours)],
-                "marker": MARKERS[i % len(MARKERS)],
-                "linestyle": LINES[i % len(LINES)],  # shows curves that lie on each other
-            }
-            for i, name in enumerate(optimizers)
+            name: {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": LINES[i % len(LINES)]}
+            for group in self.groups
+            for i, name in enumerate(group)
         }
 
-    def legend(self, present: set[str]) -> list[Line2D]:
-        """Handles for the optimizers that a figure shows."""
-        return [Line2D([], [], label=name, **self.looks[name]) for name in self.optimizers if name in present]
+    def groups_of(self, present: set[str]) -> list[list[str]]:
+        """The groups that fit in a panel, of the optimizers that a figure shows; one group if they all fit."""
+        groups = [[name for name in group if name in present] for group in self.groups]
+        return [group for group in groups if group]
+
+    def legend(self, axes: Axes, data: pd.DataFrame, lines: bool) -> None:
+        """Below the panel; without lines where the panel has none."""
+        names = [name for name, _ in self._by_optimizer(data)]
+        looks = {name: self.looks[name] if lines else self._dots(name) | {"linestyle": ""} for name in names}
+        handles = [Line2D([], [], label=name, markersize=5, **looks[name]) for name in names]
+        axes.legend(
+            handles=handles,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+            ncols=2,
+            fontsize=8,
+            frameon=False,
+            handlelength=3,
+        )
 
     def _dots(self, name: str) -> dict:
         return {key: self.looks[name][key] for key in ("color", "marker")}
 
-    def groups(self, data: pd.DataFrame):
-        """The rows of each optimizer that has some."""
+    def _by_optimizer(self, data: pd.DataFrame):
         for name in self.optimizers:
             rows = data[data["optimizer"] == name]
             if len(rows):
@@ -138,79 +206,107 @@ class _Style:
 
     def strip(self, axes: Axes, data: pd.DataFrame, column: str, label: str, scale: float) -> None:
         """One row of dots per optimizer, first on top."""
-        names = [name for name, _ in self.groups(data)]
-        for row, (name, rows) in enumerate(self.groups(data)):
+        names = [name for name, _ in self._by_optimizer(data)]
+        for row, (_, rows) in enumerate(self._by_optimizer(data)):
             values = scale * rows[column].to_numpy(dtype=float)
-            spread = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else [0.0]
-            axes.scatter(values, row + np.asarray(spread), s=16, alpha=0.6, color=self.looks[name]["color"])
-            mean, low, high = mean_interval(values)
-            error = None if math.isnan(low) else [[mean - low], [high - mean]]
-            axes.errorbar(mean, row, xerr=error, fmt="|", markersize=14, color="black", capsize=3, linewidth=1)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_xlabel(label)
-        axes.grid(axis="x", alpha=0.3)
+            spread = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [0.0]
+            axes.scatter(values, row + np.asarray(spread), s=14, alpha=0.6, color=COLOURS[0], linewidths=0)
+            _bar(axes, row, *mean_interval(values))
+        _name_rows(axes, names, label)
 
     def scatter(self, axes: Axes, data: pd.DataFrame) -> None:
         """Gap of the loss over the largest eigenvalue."""
-        for name, rows in self.groups(data):
+        for name, rows in self._by_optimizer(data):
             axes.scatter(rows["hessian_top_eigenvalue"], rows["gap_loss"], s=26, alpha=0.8, **self._dots(name))
         _log_x(axes)
         axes.set_xlabel("largest Hessian eigenvalue")
         axes.set_ylabel("gap of the loss [nats]")
         axes.grid(alpha=0.3)
 
-    def rates(self, axes: Axes, data: pd.DataFrame, label: str) -> None:
+    def rates(self, axes: Axes, data: pd.DataFrame, metric: Metric) -> None:
         """Selection metric over the learning rate; a rate at which a run failed gets a cross on the axis."""
-        for name, rows in self.groups(data):
+        for name, rows in self._by_optimizer(data):
             good = rows.groupby("learning_rate")["status"].agg(lambda status: (status == "ok").all())
-            mean = 100 * rows.groupby("learning_rate")["selection_metric"].mean()
+            mean = metric.scale * rows.groupby("learning_rate")["selection_metric"].mean()
             axes.plot(mean[good].index, mean[good], markersize=5, linewidth=1.2, **self.looks[name])
             failed = list(good.index[~good])
             foot = axes.get_xaxis_transform()
             axes.plot(failed, [0.02] * len(failed), "x", color=self.looks[name]["color"], transform=foot)
         _log_x(axes)
         axes.set_xlabel("learning rate")
-        axes.set_ylabel(label)
+        axes.set_ylabel(f"selection {metric.label}")
         axes.grid(alpha=0.3)
 
     def curves(self, axes: Axes, data: pd.DataFrame, column: str, label: str, scale: float, yscale="linear") -> None:
-        """Mean and range over the seeds against the budget that is spent."""
-        for name, rows in self.groups(data):
+        """Mean and range over the seeds against the part of the training that is done."""
+        for name, rows in self._by_optimizer(data):
             by_step = (scale * rows.set_index("budget")[column]).groupby(level=0).agg(["mean", "min", "max"])
             colour = self.looks[name]["color"]
             axes.plot(by_step.index, by_step["mean"], linewidth=1.4, markersize=4, **self.looks[name])
-            axes.fill_between(by_step.index, by_step["min"], by_step["max"], color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(by_step.index, by_step["min"], by_step["max"], color=colour, alpha=0.12, linewidth=0)
         axes.set_yscale(yscale)
         axes.set_xlabel("training [% of the gradients]")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
 
 
-def _panels(path: Path, caption: str, data: pd.DataFrame, draw: Draw, legend: list[Line2D]) -> None:
-    """Draw one panel per task under the caption, and one legend below them all."""
-    tasks = list(dict.fromkeys(data["task"]))
-    columns = min(PANELS_PER_ROW, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
-    height = max(3.4, 0.3 * data["optimizer"].nunique() + 1.4)
-    figure = Figure(figsize=(max(4.6 * columns, 6.4), height * rows + 0.7), layout="constrained", dpi=110)
+def _forest(axes: Axes, differences: list[Difference], metric: Metric) -> None:
+    """One bar per difference, and the line of no difference."""
+    axes.axvline(0, color="0.6", linewidth=1, zorder=0)
+    for row, difference in enumerate(differences):
+        _bar(axes, row, *(metric.scale * value for value in (difference.mean, difference.low, difference.high)))
+    label = f"difference of {metric.words} [{metric.unit}]" if metric.is_fraction else f"difference {metric.unit}"
+    _name_rows(axes, [difference.optimizer for difference in differences], label)
+
+
+def _bar(axes: Axes, row: int, mean: float, low: float, high: float) -> None:
+    error = None if math.isnan(low) else [[mean - low], [high - mean]]
+    axes.errorbar(mean, row, xerr=error, fmt="|", markersize=12, color="black", capsize=3, linewidth=1)
+
+
+def _name_rows(axes: Axes, names: list[str], label: str) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _panels(
+    path: Path, caption: str, parts: dict, draw: Callable, *, height: float, share_within_task: bool = False
+) -> None:
+    """Draw one panel per part, titled by its name, under the caption.
+
+    Args:
+        path: takes the PNG.
+        caption: of the figure.
+        parts: (data, task) by title.
+        draw: fills the axes of a title with its data.
+        height: of a panel in inches.
+        share_within_task: give the panels of a task the same vertical range.
+    """
+    columns = min(PANELS_PER_ROW, len(parts))
+    rows = math.ceil(len(parts) / columns)
+    width = max(PANEL_WIDTH * columns, 6.4)
+    figure = Figure(figsize=(width, height * rows + 0.6), layout="constrained", dpi=110)
     grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, task in zip(grid.flat, tasks):
-        draw(axes, task, data[data["task"] == task])
-        axes.set_title(task)
-    for axes in grid.flat[len(tasks) :]:
+    by_task: dict[str, Axes] = {}
+    for axes, (title, (data, task)) in zip(grid.flat, parts.items(), strict=False):
+        draw(axes, title, data)
+        axes.set_title(title, fontsize=10)
+        if share_within_task:
+            axes.sharey(by_task.setdefault(task, axes)) if task in by_task else by_task.update({task: axes})
+    for axes in grid.flat[len(parts) :]:
         axes.remove()
-    if legend:
-        figure.legend(handles=legend, loc="outside lower center", ncols=min(4, len(legend)), fontsize=9)
-    width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(caption, int(13 * width)), fontsize=10)
     figure.savefig(path)
 
 
 def _log_x(axes: Axes) -> None:
-    """Logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    """Logarithmic, with plain numbers: at 1, 2 and 5 of each decade, or at 1 where there are many."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    many = math.log10(high / low) > 2.5
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -220,7 +316,3 @@ def _with_budget(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
     steps = final.groupby(["task", "optimizer"])["steps"].first().rename("steps").reset_index()
     merged = curves.merge(steps, on=["task", "optimizer"], how="inner")
     return merged.assign(budget=100 * merged["step"] / merged["steps"])
-
-
-def _words(metric: str) -> str:
-    return metric.replace("_", " ")

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..finetuning.config import InputError
 from .comparison import COLUMNS, CURVE_COLUMNS, SHARE_POINTS
+from .metric import Metric
 from .plots import draw_all
 from .significance import (
     SIGNIFICANT,
@@ -63,8 +64,9 @@ def write_report(folder: Path) -> Path:
         raise InputError(f"output_dir: {folder} holds no results to report on ({error.filename} is missing)") from None
     if runs.empty:
         raise InputError(f"output_dir: no run of {folder} has finished yet")
-    captions = draw_all(runs, curves, study["metrics"], folder)
-    _replace(folder / REPORT, _Report(runs, study).text(captions))
+    report = _Report(runs, study)
+    captions = draw_all(runs, curves, report.metrics, report.differences, folder)
+    _replace(folder / REPORT, report.text(captions))
     return folder / REPORT
 
 
@@ -75,20 +77,22 @@ class _Report:
         self.runs, self.study = runs, study
         self.final = runs[runs["role"] == "final"]
         self.tasks = [task for task in study["tasks"] if task in set(self.final["task"])]
-        self.references = {name: _references(name, study["optimizers"]) for name in study["optimizers"]}
+        self.metrics = {task: Metric(**metric) for task, metric in study["metrics"].items()}
+        self.references = {name: _references(name, study) for name in study["optimizers"]}
         self.differences = {
-            task: paired_differences(self._of(task), "heldout_metric", self.references) for task in self.tasks
+            task: paired_differences(self._of(task), "heldout_metric", self.references, self.metrics[task].sign)
+            for task in self.tasks
         }
 
     def text(self, captions: dict[str, str]) -> str:
         """The whole report in Markdown."""
+        shown_first = [name for name in ("differences.png", "heldout.png") if name in captions][:1]
         sections = [
             f"# {self.study['name']}",
             f"**Question.** {self.study['question']}",
             "## Answer",
             *self._answer(),
-            "## Protocol",
-            *self._protocol(),
+            *(_picture(name, captions[name]) for name in shown_first),
             *(part for task in self.tasks for part in self._task(task)),
             "## How much of the update is inverse",
             *self._shares(),
@@ -98,8 +102,10 @@ class _Report:
             *self._rates(),
             "## Runs that failed",
             *self._failures(),
+            "## Protocol",
+            *self._protocol(),
             "## Plots",
-            *(f"**{caption}**\n\n![{caption}]({name})" for name, caption in captions.items()),
+            *(_picture(name, caption) for name, caption in captions.items() if name not in shown_first),
             "## How to repeat it",
             f"```\n{self.study['command']}\n```",
             "Versions: " + ", ".join(f"{name} {version}" for name, version in self.study["versions"].items()) + ".",
@@ -112,101 +118,156 @@ class _Report:
     def _answer(self) -> Iterable[str]:
         if len(self.runs) < self.study["runs"]:
             yield f"**Not finished: {len(self.runs)} of {self.study['runs']} runs are in.**"
-        for optimizer, setting in self.study["optimizers"].items():
-            if not setting["has_inverse"]:
-                continue
-            for reference in self.references[optimizer]:
-                found = {
-                    t: d[optimizer, reference] for t, d in self.differences.items() if (optimizer, reference) in d
-                }
-                if found:
-                    yield f"- {_summary(optimizer, reference, found)}"
+        verdicts = [
+            f"- {optimizer} on {task}: {verdict(difference, self.metrics[task].scale, self.metrics[task].unit)}."
+            for optimizer, setting in self.study["optimizers"].items()
+            if setting["has_inverse"]
+            for task in self.tasks
+            for (name, _), difference in self.differences[task].items()
+            if name == optimizer
+        ]
+        if verdicts:
+            yield "\n".join(verdicts)
+        else:
+            yield "No optimizer with an inverse part has two seeds in common with a reference, so nothing can be said."
+        shared = [task for task in self.tasks if self.study["tasks"][task]["shares_selection"]]
+        if shared:
+            yield (
+                f"**Choosing and scoring share one set** on {_list(shared)}: the script scores no other data, so the "
+                "learning rates were chosen on the data of the final score, which flatters all optimizers alike."
+            )
 
     def _protocol(self) -> Iterable[str]:
         study, sharpness = self.study, self.study["sharpness"]
-        yield (
-            "Every optimizer gets the same budget of gradients and the same number of learning rates "
-            f"({study['num_learning_rates']}, a factor {study['learning_rate_factor']:g} apart), centred on its usual "
-            "range. The rate is chosen on a selection split carved out of the training data (seeds "
-            f"{_list(study['selection_seeds'])}; best metric, ties broken by the loss), then the seeds "
-            f"{_list(study['seeds'])} are run at that rate and scored once on the held-out data. Equal seeds share "
-            "initial weights and data order, so differences are taken seed by seed: paired t tests, with Holm's "
-            "correction over all differences of a task; a difference counts as shown below "
-            f"p = {SIGNIFICANT:g}. Metrics are shown times 100. Diverged runs count with the score they reached; "
-            "crashed ones have none and are listed."
+        counts = sorted({len(rates) for of_task in study["learning_rates"].values() for rates in of_task.values()})
+        chosen = (
+            f"each optimizer gets the same number of learning rates ({_list(counts)}); the rate is chosen by the "
+            f"selection metric (seeds {_list(study['selection_seeds'])}; ties go to the lower loss), then the"
+            if counts != [1]
+            else "there is one learning rate, so nothing is chosen; the"
         )
         yield (
-            "The training metric and loss are measured after training, on as many training examples as there are "
-            "held-out ones at most, with the labels used for training. Gaps: training minus held-out metric, held-out "
-            "minus training loss. Sharpness is that of the training loss on a fixed set of "
-            f"{sharpness['examples']} training examples, without dropout: largest Hessian eigenvalue (Lanczos, "
-            f"{sharpness['lanczos_steps']} products), trace (Hutchinson, {sharpness['trace_samples']} products), and "
-            f"loss rise at distance {sharpness['rho']:g} along the gradient. Time is that of the training alone; "
-            "memory is the process's highest during the run."
+            f"Every optimizer gets the same budget of gradients, and {chosen} seeds {_list(study['seeds'])} are run "
+            "and scored once on the held-out data. Equal seeds share initial weights and data order, so differences "
+            "are taken seed by seed: paired t tests, with Holm's correction over all differences of a task; better "
+            f'and worse are claimed below p = {SIGNIFICANT:g}. "Within X with 95 % confidence" gives the smallest '
+            "margin at which two one-sided paired t tests at 5 % (TOST) show equivalence. Fractions are shown times "
+            "100. Diverged runs count with the score they reached; crashed ones have none and are listed."
         )
+        kinds = [name for name, task in study["tasks"].items() if not task["is_script"]]
+        if kinds:
+            yield (
+                "The selection split is carved out of the training data. The training metric and loss are measured "
+                "after training, on at most as many training examples as there are held-out ones, with the labels "
+                "used for training. Gaps: how much worse the held-out metric is than the training metric; held-out "
+                "minus training loss. Sharpness is that of the training loss on a fixed set of "
+                f"{sharpness['examples']} training examples, without dropout: largest Hessian eigenvalue (Lanczos, "
+                f"{sharpness['lanczos_steps']} products), trace (Hutchinson, {sharpness['trace_samples']} products), "
+                f"and loss rise at distance {sharpness['rho']:g} along the gradient. Time is that of the training "
+                "alone; memory is the process's highest during the run."
+            )
+        scripts = {name: task for name, task in study["tasks"].items() if task["is_script"]}
+        for name, task in scripts.items():
+            yield (
+                f"{name} is `{task['script'] or task['module']}`, run unmodified; what it trains and scores on is its "
+                f"own affair. Learning rates are chosen by `{task['metric']}`, the final score is "
+                f"`{task['heldout_metric'] or task['metric']}`. Training metric, gaps and sharpness are not measured."
+            )
         rows = [
             {
                 "task": name,
-                "metric": _words(study["metrics"][name]),
-                "steps": task["arguments"]["max_steps"],
-                "training examples": task["train_examples"],
-                "selection": task["selection_examples"],
-                "held out": task["heldout_examples"],
-                "random labels": f"{task['label_noise']:.0%}",
-                "majority class": _number(task["majority"], 100),
+                "metric": self.metrics[name].words,
+                "steps": task["steps"] or "the script's",
+                "training / selection / held out": " / ".join(
+                    str(task[f"{part}_examples"]) for part in ("train", "selection", "heldout")
+                ),
+                "majority class": _number(task["majority"], self.metrics[name].scale),
             }
             for name, task in study["tasks"].items()
+            if name in kinds
         ]
-        yield pd.DataFrame(rows).to_markdown(index=False)
-        yield pd.DataFrame(
+        if rows:
+            yield _table(rows)
+        noisy = [
+            f"{task['label_noise']:.0%} on {name}" for name, task in study["tasks"].items() if task["label_noise"]
+        ]
+        if noisy:
+            yield f"Random training labels: {', '.join(noisy)}."
+        yield _table(
             {
                 "optimizer": name,
-                "is": s["base"],
-                "options": s["optim_args"],
-                "gradients a step": s["gradients_per_step"],
+                "is": setting["base"],
+                "options": setting["optim_args"],
+                "gradients a step": setting["gradients_per_step"],
             }
-            for name, s in study["optimizers"].items()
-        ).to_markdown(index=False)
+            for name, setting in study["optimizers"].items()
+        )
 
     def _task(self, task: str) -> Iterable[str]:
-        data, metric = self._of(task), _words(self.study["metrics"][task])
+        data, metric = self._of(task), self.metrics[task]
         yield f"## {task}"
-        rows = []
-        for name in self._optimizers(data):
-            own = data[data["optimizer"] == name]
-            row = {"optimizer": name, "rate": f"{own['learning_rate'].iloc[0]:.3g}"}
-            row[f"held-out {metric}"] = _interval(mean_interval(own["heldout_metric"]), 100)
-            for reference in self._all_references():
-                row[f"to {reference}"] = _difference(self.differences[task].get((name, reference)))
-            row |= {"gap of metric": _interval(mean_interval(own["gap_metric"]), 100)}
-            row |= {"gap of loss": _interval(mean_interval(own["gap_loss"]), 1)}
-            rows.append(row)
-        yield f"Mean and 95 % interval over {data['seed'].nunique()} seeds; differences with their corrected p-value."
-        yield pd.DataFrame(rows).to_markdown(index=False)
-        columns = {
-            "training loss": ("train_loss", 1),
-            "held-out loss": ("heldout_loss", 1),
-            "top eigenvalue": ("hessian_top_eigenvalue", 1),
-            "trace": ("hessian_trace", 1),
-            "rise in the ball": ("ball_sharpness", 1),
-            "seconds": ("seconds", 1),
-            "memory [MiB]": ("peak_memory_mb", 1),
-        }
-        yield pd.DataFrame(
-            {"optimizer": name}
-            | {
-                label: _number(data.loc[data["optimizer"] == name, column].mean(), scale)
-                for label, (column, scale) in columns.items()
+        yield (
+            f"Mean ± half the 95 % interval over {data['seed'].nunique()} seeds, {metric.label}; differences, "
+            "positive where better, with their corrected p-value."
+        )
+        found = self.differences[task]
+        references = [name for name in self._optimizers(data) if any(pair[1] == name for pair in found)]
+        yield _table(
+            {
+                "optimizer": name,
+                "rate": f"{self._of_optimizer(data, name)['learning_rate'].iloc[0]:.3g}",
+                "held out": _interval(mean_interval(self._of_optimizer(data, name)["heldout_metric"]), metric.scale),
             }
+            | {f"to {reference}": _difference(found.get((name, reference)), metric) for reference in references}
             for name in self._optimizers(data)
-        ).to_markdown(index=False)
-        for name, setting in self.study["optimizers"].items():
-            own = [d for (optimizer, _), d in self.differences[task].items() if optimizer == name]
-            if own and setting["has_inverse"]:
-                yield f"- **{name}**: " + "; ".join(verdict(difference) for difference in own) + "."
+        )
+        yield from self._measures(
+            data,
+            {
+                f"training {metric.words}": ("train_metric", metric.scale),
+                f"gap [{metric.unit}]": ("gap_metric", metric.scale),
+                "held-out loss": ("heldout_loss", 1),
+                "gap of the loss": ("gap_loss", 1),
+            },
+        )
+        yield from self._measures(
+            data,
+            {
+                "top eigenvalue": ("hessian_top_eigenvalue", 1),
+                "trace": ("hessian_trace", 1),
+                "rise in the ball": ("ball_sharpness", 1),
+            },
+        )
+        costs = {"steps": "steps", "seconds": "seconds", "memory [MiB]": "peak_memory_mb"}
+        yield _table(
+            {"optimizer": name}
+            | {label: _number(self._of_optimizer(data, name)[column].mean()) for label, column in costs.items()}
+            for name in self._optimizers(data)
+        )
+
+    def _measures(self, data: pd.DataFrame, columns: dict[str, tuple[str, float]]) -> Iterable[str]:
+        """A table of means with half their 95 % intervals, of the columns that were measured."""
+        measured = {label: column for label, column in columns.items() if data[column[0]].notna().any()}
+        if measured:
+            yield _table(
+                {"optimizer": name}
+                | {
+                    label: _interval(mean_interval(self._of_optimizer(data, name)[column]), scale)
+                    for label, (column, scale) in measured.items()
+                }
+                for name in self._optimizers(data)
+            )
+
+    @staticmethod
+    def _of_optimizer(data: pd.DataFrame, name: str) -> pd.DataFrame:
+        return data[data["optimizer"] == name]
 
     def _shares(self) -> Iterable[str]:
-        data = self.final.dropna(subset=list(SHARE_POINTS), how="all")
+        inverse = [name for name, setting in self.study["optimizers"].items() if setting["has_inverse"]]
+        data = self.final[self.final["optimizer"].isin(inverse)].dropna(subset=list(SHARE_POINTS), how="all")
+        if data.empty and inverse:
+            yield "It was not logged."
+            return
         if data.empty:
             yield "No optimizer of this comparison has an inverse part."
             return
@@ -216,7 +277,7 @@ class _Report:
         )
         mean = 100 * data.groupby(["task", "optimizer"], sort=False)[list(SHARE_POINTS)].mean()
         mean.columns = [f"at {share:.0%} of the steps" for share in SHARE_POINTS.values()]
-        yield mean.map(_number).reset_index().to_markdown(index=False)
+        yield _table(mean.map(_number).reset_index().to_dict("records"))
 
     def _flatness(self) -> Iterable[str]:
         measured = self.final.dropna(subset="hessian_top_eigenvalue")
@@ -224,12 +285,13 @@ class _Report:
             yield "Sharpness was not measured."
             return
         for task in self.tasks:
+            lines = []
             data = measured[measured["task"] == task]
             correlation = rank_correlation(data["hessian_top_eigenvalue"], data["gap_loss"])
             if correlation:
                 rho, p_value, count = correlation
-                yield (
-                    f"- {task}: over all {count} runs, the rank correlation of the largest eigenvalue with the gap of "
+                lines.append(
+                    f"{task}: over all {count} runs, the rank correlation of the largest eigenvalue with the gap of "
                     f"the loss is {rho:+.2f} (p = {p_value:.2g})."
                 )
             # On a logarithmic scale, since eigenvalues differ by factors.
@@ -237,7 +299,8 @@ class _Report:
             logs = positive.assign(log_eigenvalue=-np.log(positive["hessian_top_eigenvalue"]))
             for pair, difference in paired_differences(logs, "log_eigenvalue", self.references).items():
                 if self.study["optimizers"][pair[0]]["has_inverse"]:
-                    yield f"    - {_flatness_verdict(difference)}"
+                    lines.append(f"- {_flatness_verdict(difference)}")
+            yield "\n".join([*lines[:1], "", *lines[1:]] if correlation else [f"{task}:", "", *lines])
 
     def _rates(self) -> Iterable[str]:
         at_edge = []
@@ -256,35 +319,34 @@ class _Report:
             yield f"None of {len(self.runs)}."
             return
         yield f"{len(failed)} of {len(self.runs)}."
-        columns = ["task", "optimizer", "learning_rate", "seed", "role", "status"]
-        yield failed[columns].to_markdown(index=False, floatfmt=".3g")
+        yield _table(
+            {
+                "task": run["task"],
+                "optimizer": run["optimizer"],
+                "rate": f"{run['learning_rate']:.3g}",
+                "run": f"{run['role']}, seed {run['seed']}",
+                "status": str(run["status"]).replace("|", "/"),
+            }
+            for run in failed.to_dict("records")
+        )
 
     def _optimizers(self, data: pd.DataFrame) -> list[str]:
         return [name for name in self.study["optimizers"] if name in set(data["optimizer"])]
 
-    def _all_references(self) -> list[str]:
-        used = {name for names in self.references.values() for name in names}
-        return [name for name in self.study["optimizers"] if name in used]
 
+def _references(name: str, study: dict[str, Any]) -> list[str]:
+    """What an optimizer is compared with.
 
-def _references(name: str, optimizers: dict[str, Any]) -> list[str]:
-    """What an optimizer is compared with: AdamW, and AdamW with the warm-up of the same length (or the first one)."""
+    By default AdamW, and AdamW with the warm-up of the same length (or the first one).
+    """
+    optimizers = study["optimizers"]
+    if study["references"]:
+        return [other for other in study["references"] if other != name]
     plain = [other for other, setting in optimizers.items() if setting["base"] == "adamw"]
     warmed = [other for other, setting in optimizers.items() if setting["base"] == "adamw_warmup"]
     fraction = optimizers[name]["switch_fraction"]
     same = [other for other in warmed if optimizers[other]["switch_fraction"] == fraction]
     return [other for other in plain[:1] + (same or warmed)[:1] if other != name]
-
-
-def _summary(optimizer: str, reference: str, found: dict[str, Difference]) -> str:
-    better = [task for task, d in found.items() if d.significant and d.mean > 0]
-    worse = [task for task, d in found.items() if d.significant and d.mean < 0]
-    rest = len(found) - len(better) - len(worse)
-    parts = [f"better on {len(better)} of {len(found)} tasks" + (f" ({_list(better)})" if better else "")]
-    parts += [f"worse on {len(worse)}" + (f" ({_list(worse)})" if worse else "")]
-    parts += [f"no difference shown on {rest}"]
-    mean = 100 * sum(d.mean for d in found.values()) / len(found)
-    return f"**{optimizer}** against {reference}: {', '.join(parts)}; mean difference {mean:+.2f} points."
 
 
 def _flatness_verdict(difference: Difference) -> str:
@@ -299,17 +361,29 @@ def _interval(interval: Interval, scale: float) -> str:
     mean, low, high = (scale * value for value in interval)
     if math.isnan(low):
         return _number(mean)
+    if scale == 1:
+        return f"{_number(mean)} ± {_number((high - low) / 2)}"
     return f"{mean:.2f} ± {(high - low) / 2:.2f}"
 
 
-def _difference(difference: Difference | None) -> str:
+def _difference(difference: Difference | None, metric: Metric) -> str:
     if difference is None:
         return ""
-    return f"{100 * difference.mean:+.2f} (p = {difference.p_corrected:.2g})"
+    shown = metric.scale * difference.mean
+    text = f"{shown:+.2f}" if metric.is_fraction else f"{shown:+.3g}"
+    return f"{text} (p = {difference.p_corrected:.2g})"
+
+
+def _table(rows: Iterable[dict[str, Any]]) -> str:
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def _picture(name: str, caption: str) -> str:
+    return f"![{caption}]({name})\n\n*{caption}*"
 
 
 def _number(value: float | None, scale: float = 1.0) -> str:
-    """Three figures, without an exponent where that is readable."""
+    """Three digits, without an exponent where that is readable."""
     if value is None or math.isnan(value):
         return "-"
     value *= scale
@@ -318,10 +392,6 @@ def _number(value: float | None, scale: float = 1.0) -> str:
 
 def _list(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
-
-
-def _words(metric: str) -> str:
-    return metric.replace("_", " ")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -53,14 +53,14 @@ class RunQueue:
 
     def __init__(self, storage: BaseStorage, name: str, heartbeat: float = 5.0, patience: float = 45.0):
         self.storage, self.heartbeat, self.patience = storage, heartbeat, patience
-        self.study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         self._study_id = storage.get_study_id_from_name(name)
         self._heartbeats: dict[int, tuple[Any, float]] = {}  # trial number -> last one seen, and when by our clock
 
     def trials(self) -> dict[str, FrozenTrial]:
         """The trial that counts for each run, by key."""
         found: dict[str, FrozenTrial] = {}
-        for trial in self.study.get_trials(deepcopy=False):
+        for trial in self._study.get_trials(deepcopy=False):
             lost = trial.state == TrialState.FAIL and RESULT not in trial.user_attrs
             if not lost:
                 found.setdefault(trial.user_attrs["key"], trial)
@@ -75,7 +75,7 @@ class RunQueue:
         known = self.trials()
         for key in keys:
             if key not in known:
-                self.study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"key": key}))
+                self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"key": key}))
 
     def claim(self, keys: Iterable[str]) -> str | None:
         """Take the first of ``keys`` that waits for a worker; None if there is none."""
@@ -144,13 +144,8 @@ class RunQueue:
 
     def crashes(self, key: str) -> int:
         """How many times the run crashed its worker."""
-        trials = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         return sum(trial.user_attrs["key"] == key and RESULT not in trial.user_attrs for trial in trials)
-
-    def running_count(self) -> int:
-        """Number of runs that are being done right now."""
-        trials = self.trials().values()
-        return sum(trial.state == TrialState.RUNNING and RESULT not in trial.user_attrs for trial in trials)
 
     def _put_back(self, trial_id: int, key: str) -> None:
         with contextlib.suppress(UpdateFinishedTrialError):

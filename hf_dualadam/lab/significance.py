@@ -16,7 +16,7 @@ SIGNIFICANT = 0.05
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % t interval; the ends are NaN for fewer than two values."""
+    """A mean with its t interval; the ends are NaN for fewer than two values."""
 
     mean: float
     low: float
@@ -30,8 +30,10 @@ class Difference(NamedTuple):
         optimizer: name.
         reference: name of the other.
         pairs: number of seeds that both finished.
-        mean: mean difference, optimizer minus reference.
+        mean: mean difference, optimizer minus reference; positive where the optimizer is better.
         low, high: its 95 % t interval.
+        margin: the smallest margin within which the two are equivalent by two one-sided paired t tests (TOST) at the
+            5 % level: the farther end of the 90 % interval.
         p_value: of the two-sided paired t test.
         p_corrected: after Holm's correction for all differences of the task.
     """
@@ -42,6 +44,7 @@ class Difference(NamedTuple):
     mean: float
     low: float
     high: float
+    margin: float
     p_value: float
     p_corrected: float
 
@@ -51,19 +54,24 @@ class Difference(NamedTuple):
         return self.p_corrected < SIGNIFICANT
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean of ``values``, gaps left out, with its 95 % t interval."""
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Mean of ``values``, gaps left out, with its t interval.
+
+    Args:
+        values: the sample.
+        confidence: of the interval. Default 0.95.
+    """
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
     if len(values) < 2:
         return Interval(float(values.mean()) if len(values) else math.nan, math.nan, math.nan)
     mean, error = float(values.mean()), float(stats.sem(values))
-    half = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    half = error * float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
     return Interval(mean, mean - half, mean + half)
 
 
 def paired_differences(
-    runs: pd.DataFrame, column: str, references: Mapping[str, Sequence[str]]
+    runs: pd.DataFrame, column: str, references: Mapping[str, Sequence[str]], sign: int = 1
 ) -> dict[tuple[str, str], Difference]:
     """Compare optimizers with their references, seed by seed.
 
@@ -73,6 +81,7 @@ def paired_differences(
         runs: the final runs of one task, with columns optimizer, seed and ``column``.
         column: the figure to compare.
         references: names of the optimizers that each optimizer is compared with.
+        sign: -1 where a smaller figure is better.
 
     Returns:
         The differences by (optimizer, reference), without those that have fewer than 2 common seeds.
@@ -82,7 +91,7 @@ def paired_differences(
     for optimizer, others in references.items():
         for reference in others:
             if optimizer in by_seed and reference in by_seed:
-                difference = (by_seed[optimizer] - by_seed[reference]).dropna()
+                difference = sign * (by_seed[optimizer] - by_seed[reference]).dropna()
                 if len(difference) >= 2:
                     found[optimizer, reference] = difference
     if not found:
@@ -90,8 +99,8 @@ def paired_differences(
     p_values = [_p_value(difference) for difference in found.values()]
     corrected = multipletests(p_values, method="holm")[1]
     return {
-        pair: Difference(*pair, len(difference), *mean_interval(difference), p, float(p_corrected))
-        for (pair, difference), p, p_corrected in zip(found.items(), p_values, corrected)
+        pair: Difference(*pair, len(values), *mean_interval(values), _margin(values), p, float(p_corrected))
+        for (pair, values), p, p_corrected in zip(found.items(), p_values, corrected, strict=True)
     }
 
 
@@ -102,20 +111,38 @@ def _p_value(difference: pd.Series) -> float:
     return 1.0 if difference.iloc[0] == 0 else 2.0 ** (1 - len(difference))
 
 
+def _margin(difference: pd.Series) -> float:
+    _, low, high = mean_interval(difference, confidence=1 - 2 * SIGNIFICANT)
+    return max(abs(low), abs(high))
+
+
 def verdict(difference: Difference, scale: float = 100.0, unit: str = "points") -> str:
-    """A difference in words.
+    """A difference in words: better, worse, or equivalent within what margin.
 
     Args:
         difference: positive where the optimizer is better.
-        scale: factor of the figures shown.
-        unit: of the scaled figures.
+        scale: factor of the values shown.
+        unit: of the values shown.
     """
-    mean, low, high = (scale * value for value in (difference.mean, difference.low, difference.high))
-    interval = f"95 % interval {low:+.2f} to {high:+.2f}, corrected p = {difference.p_corrected:.2g}"
+    mean, low, high, margin = (
+        scale * value for value in (difference.mean, difference.low, difference.high, difference.margin)
+    )
+    interval = f"{_signed(mean)} {unit}, 95 % interval {_signed(low)} to {_signed(high)}"
     if difference.significant:
-        word = "better" if difference.mean > 0 else "worse"
-        return f"{word} than {difference.reference} by {abs(mean):.2f} {unit} ({interval})"
-    return f"no difference to {difference.reference} shown ({mean:+.2f} {unit}, {interval})"
+        word = "better" if mean > 0 else "worse"
+        return f"**{word}** than {difference.reference} ({interval}, corrected p = {difference.p_corrected:.2g})"
+    if margin == 0:
+        return f"the same as {difference.reference} on every seed"
+    return f"within {_digits(margin)} {unit} of {difference.reference} with 95 % confidence ({interval})"
+
+
+def _digits(value: float) -> str:
+    """Two decimals, or two digits of smaller numbers."""
+    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def _signed(value: float) -> str:
+    return ("+" if value >= 0 else "-") + _digits(abs(value))
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, int] | None:

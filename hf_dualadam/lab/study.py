@@ -38,7 +38,7 @@ class Study:
         """Do runs until none is left, here or with another worker.
 
         Args:
-            execute: does one run; its result holds ``row`` and ``curves``.
+            execute: does one run; its result holds ``row``, ``curves`` and ``score``.
 
         Yields:
             After each run of this worker: the run and all results so far.
@@ -51,8 +51,7 @@ class Study:
             if key is not None:
                 with self.queue.running(key):
                     result = self._given_up(runs[key]) or execute(runs[key])
-                    succeeded = result["row"]["status"] == "ok"
-                    self.queue.finish(key, result, result["row"]["selection_metric"] if succeeded else None)
+                    self.queue.finish(key, result, result["score"])
                 yield runs[key], self.queue.results()
             elif len(results) >= self.comparison.size() and set(runs) <= set(results):
                 return
@@ -73,23 +72,17 @@ class Study:
             for point in results[run.key]["curves"]
         ]
 
-    def seconds_left(self, results: Results) -> float:
-        """Estimated time until all is done with the workers of this moment, from the finished runs (at least one)."""
-        done = [results[run.key] for run in self.known_runs(results) if run.key in results]
-        total = 0.0
-        for task in self.comparison.tasks:
-            for role, per_pair in self.comparison.runs_per_pair().items():
-                same = [r["wall_seconds"] for r in done if (r["row"]["task"], r["row"]["role"]) == (task, role)]
-                like = same or [r["wall_seconds"] for r in done]
-                total += (per_pair * len(self.comparison.optimizers) - len(same)) * sum(like) / len(like)
-        return total / max(1, self.queue.running_count())
-
     def _given_up(self, run: RunSpec) -> dict[str, Any] | None:
         """The result of a run that crashed its worker too often to be tried again."""
         if self.queue.crashes(run.key) < MAX_CRASHES:
             return None
         status = f"crashed: its worker died {MAX_CRASHES} times"
-        return {"row": self.comparison.empty_row(run) | {"status": status}, "curves": [], "wall_seconds": 0.0}
+        return {
+            "row": self.comparison.empty_row(run) | {"status": status},
+            "curves": [],
+            "score": None,
+            "wall_seconds": 0.0,
+        }
 
 
 def chosen_learning_rate(comparison: Comparison, task: str, optimizer: str, results: Results) -> float | None:
@@ -102,9 +95,11 @@ def chosen_learning_rate(comparison: Comparison, task: str, optimizer: str, resu
         return None
 
     def score(rate: float) -> tuple[float, float]:
-        rows = [results[run.key]["row"] for run in runs if run.learning_rate == rate]
-        if any(row["status"] != "ok" for row in rows):
+        found = [results[run.key] for run in runs if run.learning_rate == rate]
+        if any(result["score"] is None for result in found):
             return -math.inf, -math.inf
-        return sum(row["selection_metric"] for row in rows), -sum(row["selection_loss"] for row in rows)
+        losses = [result["row"]["selection_loss"] for result in found]
+        return sum(result["score"] for result in found), -sum(loss for loss in losses if loss is not None)
 
-    return max(comparison.learning_rates(task, optimizer), key=score)
+    rates = comparison.learning_rates(task, optimizer)
+    return max(rates, key=score) if runs else rates[0]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from scipy import stats
+from statsmodels.stats.weightstats import ttost_paired
 from transformers import Trainer
 
 pytest.importorskip("optuna")
@@ -25,7 +27,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hf_dualadam.finetuning.config import InputError
 from hf_dualadam.lab.baselines import BASELINES, OptimizerSetting, SAMTrainer, TrainerSAM
 from hf_dualadam.lab.comparison import COLUMNS, ComparisonArguments, make_comparison
-from hf_dualadam.lab.execution import Laboratory, randomize_labels
+from hf_dualadam.lab.kind_runs import KindRuns, randomize_labels
 from hf_dualadam.lab.run_queue import MAX_CRASHES, RunQueue, open_storage
 from hf_dualadam.lab.significance import mean_interval, paired_differences, verdict
 from hf_dualadam.lab.study import Study, chosen_learning_rate
@@ -117,7 +119,7 @@ def fake_execute(comparison, log, pause=0.0):
             "selection_metric": run.learning_rate,
             "selection_loss": 1.0,
         }
-        return {"row": row, "curves": [], "wall_seconds": pause}
+        return {"row": row, "curves": [], "score": row["selection_metric"], "wall_seconds": pause}
 
     return execute
 
@@ -206,7 +208,7 @@ def test_an_interrupt_hands_the_run_back(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         next(study.work(interrupted))
-    assert study.queue.running_count() == 0 and not study.queue.results()
+    assert not study.queue.results()
     started = time.monotonic()
     assert len(list(study.work(fake_execute(comparison, tmp_path / "log")))) == comparison.size()
     assert time.monotonic() - started < 20  # no waiting for the patience of a lost run
@@ -237,7 +239,8 @@ def test_the_rate_with_the_best_selection_metric_is_chosen():
         {"status": "ok", "selection_metric": 0.5, "selection_loss": 0.9},
         {"status": "diverged", "selection_metric": 0.9, "selection_loss": None},
     ]
-    results = {run.key: {"row": row} for run, row in zip(runs, rows)}
+    scores = [0.5, 0.5, None]
+    results = {run.key: {"row": row, "score": score} for run, row, score in zip(runs, rows, scores, strict=True)}
     assert chosen_learning_rate(comparison, "digits", "adamw", results) == runs[1].learning_rate
     del results[runs[2].key]
     assert chosen_learning_rate(comparison, "digits", "adamw", results) is None
@@ -365,8 +368,23 @@ def test_differences_are_paired_and_corrected():
     assert (better.mean, better.low, better.high) == pytest.approx((0.025, interval.low, interval.high))
     assert better.p_value == pytest.approx(expected.pvalue)
     assert better.p_corrected == pytest.approx(2 * expected.pvalue)  # Holm, two comparisons
-    assert "better than a by 2.50 points" in verdict(better)
-    assert found["c", "a"].p_value == 1.0 and "no difference to a shown" in verdict(found["c", "a"])
+    assert verdict(better).startswith("**better** than a (+2.50 points, 95 % interval")
+    assert found["c", "a"].p_value == 1.0 and verdict(found["c", "a"]) == "the same as a on every seed"
+    worse = paired_differences(runs, "score", {"b": ["a"]}, sign=-1)["b", "a"]
+    assert worse.mean == -better.mean and verdict(worse).startswith("**worse** than a (-2.50 points")
+
+
+def test_equivalence_is_stated_at_the_margin_of_two_one_sided_tests():
+    scores = {"a": [0.50, 0.60, 0.70, 0.80, 0.9], "b": [0.51, 0.59, 0.72, 0.79, 0.905]}
+    runs = pd.DataFrame(
+        [{"optimizer": o, "seed": s, "score": v} for o, values in scores.items() for s, v in enumerate(values)]
+    )
+    difference = paired_differences(runs, "score", {"b": ["a"]})["b", "a"]
+    p_value, _, _ = ttost_paired(np.array(scores["b"]), np.array(scores["a"]), -difference.margin, difference.margin)
+    assert not difference.significant and p_value == pytest.approx(0.05)
+    assert verdict(difference).startswith(
+        f"within {100 * difference.margin:.2f} points of a with 95 % confidence (+0."
+    )
 
 
 def test_intervals_leave_gaps_out():
@@ -424,17 +442,22 @@ def test_the_report_is_complete(finished):
     report = (finished / "out" / "report.md").read_text()
     for part in ("**Question.**", "## Answer", "## Protocol", "## digits", "## Runs that failed", "Versions:"):
         assert part in report
-    assert "no difference to adamw shown" in report or "than adamw by" in report
+    assert report.index("## Answer") < report.index("## digits") < report.index("## Protocol")
+    for reference in ("adamw", "adamw_warmup"):
+        said = rf"the same as {reference} on|of {reference} with 95 % confidence|er\*\* than {reference} \("
+        assert re.search(rf"- dualadam_normalized on digits: .*({said})", report)
+    tables = [line for line in report.splitlines() if line.startswith("|")]
+    assert max(line.count("|") - 1 for line in tables) <= 5
     assert "\n8 of 24.\n" in report  # the failed runs
     pictures = [line.split("](")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
-    assert len(pictures) == 10 and all((finished / "out" / name).stat().st_size > 5000 for name in pictures)
+    assert len(pictures) == 11 and all((finished / "out" / name).stat().st_size > 5000 for name in pictures)
 
 
 def test_a_second_start_repeats_nothing_and_report_only_rebuilds(finished, monkeypatch):
-    def forbidden(self, run):
+    def forbidden(self, run, row, curves):
         raise AssertionError(run)
 
-    monkeypatch.setattr(Laboratory, "_run", forbidden)
+    monkeypatch.setattr(KindRuns, "run", forbidden)
     before = (finished / "out" / "results.csv").read_text()
     compare_optimizers.main([str(finished / "plan.yaml"), "--output_dir", str(finished / "out")])
     assert (finished / "out" / "results.csv").read_text() == before
