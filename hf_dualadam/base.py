@@ -1,4 +1,4 @@
-"""What the optimizers share: arguments, state, the choice of a path, and state dicts.
+"""The base class of the optimizers: arguments, state, choice of a path, state dicts.
 
 An optimizer is a subclass with a formula (:class:`~hf_dualadam.functional.UpdateRule`) and the names of its moments.
 """
@@ -38,26 +38,26 @@ from .states import (
 Item = tuple[Tensor, Tensor, State]  # parameter, gradient, state
 Group = dict[str, Any]
 
-# How an update is computed and its state stored: loading a state dict does not change these.
+# Execution and storage options: loading a state dict does not change them.
 EXECUTION_OPTIONS = ("foreach", "fused", "capturable", "state_bits", "master_weight_bits")
-# What another Adam-like optimizer's state has to say about a group; the rest stays as constructed.
+# The options taken from the state of another Adam-like optimizer; the rest stays as constructed.
 ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
-# What step_scalars takes besides lr.
+# The arguments of step_scalars, apart from lr.
 _SCALAR_OPTIONS = "betas eps weight_decay switch_rate inverse_scale normalize_inverse maximize".split()
-MAX_COUNT = 2**24  # float32 step counts stop here
-MAX_COPIED = 2**22  # elements of which the foreach path holds float32 copies at a time
+MAX_COUNT = 2**24  # the largest step count: float32 cannot count further
+MAX_COPIED = 2**22  # elements that the foreach path copies to float32 at a time
 
 
 class MomentOptimizer(Optimizer):
-    """Base of the optimizers: Adam's arguments and state, around a formula that a subclass names.
+    """Base class of the optimizers: Adam's arguments and state, with the formula of a subclass.
 
-    State per parameter: ``step`` (0-dim float32, on the CPU unless ``capturable``; it stops at 2^24, where every bias
-    correction has long been 1) and the moments. Arithmetic on half-precision tensors is done in float32.
+    State per parameter: ``step`` (0-dim float32, on the CPU unless ``capturable``; it stops at 2^24, where the bias
+    corrections are 1) and the moments. Arithmetic on half-precision tensors is done in float32.
 
     Attributes:
         rule: the formula.
-        moments_of_state: names of the moments in a parameter's state, in the order in which the formula takes them.
-        own_options: names of the options that the subclass adds to the groups.
+        moments_of_state: names of the moments in a parameter's state, in the order of the formula's arguments.
+        own_options: names of the options that the subclass adds to the parameter groups.
 
     Args:
         params: tensors or parameter groups; floating point, dense.
@@ -70,7 +70,7 @@ class MomentOptimizer(Optimizer):
             correction kept in the state; None to train the parameters themselves. Default None.
         foreach: True to force the multi-tensor path, False to disable it. Default None: the fastest available.
         fused: True to force the one-pass kernel, False to disable it; True is refused for parameters on the meta
-            device. Default None: the fastest available, which for these is known once they are materialized.
+            device. Default None: the fastest available, chosen once the parameters are materialized.
         maximize: ascend instead of descend. Default False.
         capturable: never read a device value on the host, for CUDA graphs. Default False.
         options: the subclass's own options.
@@ -128,7 +128,7 @@ class MomentOptimizer(Optimizer):
 
     @classmethod
     def _check_options(cls, options: Group) -> None:
-        """Check the options of a group, and make numbers of what stands for one; subclasses add their own."""
+        """Check the options of a group and convert them to plain numbers; subclasses add their own."""
         check_options(options)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -183,7 +183,7 @@ class MomentOptimizer(Optimizer):
         return tuple(moment.to(torch.float32, copy=True) for moment in decoded)
 
     def master_weights(self, param: Tensor) -> Tensor:
-        """The weight that is trained: the parameter plus its correction, if ``master_weight_bits`` is set.
+        """The trained weight: the parameter, plus its correction if ``master_weight_bits`` is set.
 
         Args:
             param: a parameter of this optimizer.
@@ -202,16 +202,16 @@ class MomentOptimizer(Optimizer):
         return state
 
     def _prepare_state(self, param: Tensor, group: Group) -> list[str]:
-        """Make the state that ``param`` needs, or bring an existing one into the form that a new one would have.
+        """Create the state of ``param``, or convert an existing one to the form of a new one.
 
-        Floating-point moments keep a wider dtype than a new state's, never a narrower one. Keys of others stay.
+        Floating-point moments of a wider dtype than a new state's keep it. Unknown keys are kept.
 
         Returns:
-            What was converted at the cost of precision or information, in words.
+            Descriptions of conversions that lose precision or information.
         """
         state = self.state[param]
         notes = []
-        # Tensors made in inference mode could not be written to outside it.
+        # Tensors created in inference mode could not be modified outside it.
         with torch.inference_mode(False), torch.no_grad():
             fresh = "step" not in state
             device = param.device if group["capturable"] else torch.device("cpu")
@@ -296,7 +296,7 @@ class MomentOptimizer(Optimizer):
         return items
 
     def _update(self, group: Group, items: list[Item]) -> None:
-        """Count the step and update, by the multi-tensor statement of the formula unless it is disabled."""
+        """Count the step and update with the multi-tensor form of the formula, unless that is disabled."""
         if not items:
             return
         torch._foreach_add_([state["step"] for *_, state in items], 1)
@@ -314,7 +314,7 @@ class MomentOptimizer(Optimizer):
                     self._write(item, tensors)
 
     def _read(self, item: Item) -> list[Tensor]:
-        """(param, grad, *moments) as the formula takes them: of one dtype, float32 or wider."""
+        """(param, grad, *moments) for the formula: all of one dtype, float32 or wider."""
         param, grad, state = item
         moments = [format_of(state, name).decode(state, name) for name in self.moments_of_state]
         dtype = torch.float32
@@ -324,7 +324,7 @@ class MomentOptimizer(Optimizer):
         return [tensor.to(dtype) for tensor in (weight, grad, *moments)]
 
     def _write(self, item: Item, tensors: list[Tensor]) -> None:
-        """Store what the formula has updated, where it worked on copies."""
+        """Store the updated tensors if the formula worked on copies."""
         param, _, state = item
         weight, _, *moments = tensors
         if "weight_correction" in state:
@@ -337,10 +337,10 @@ class MomentOptimizer(Optimizer):
     # ---- state dicts ----
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore from pickle or a state dict; options that an older state lacks get their defaults."""
+        """Restore from pickle or a state dict; options missing from an older state get their defaults."""
         own = {name for group in self.__dict__.get("param_groups", []) for name in group}
         super().__setstate__(state)
-        if "differentiable" not in own:  # torch adds it; a new optimizer of ours has no such key
+        if "differentiable" not in own:  # torch adds this key; ours does not have it
             for options in (self.defaults, *self.param_groups):
                 options.pop("differentiable", None)
         for group in self.param_groups:
@@ -350,11 +350,11 @@ class MomentOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class or of an Adam-like optimizer, without losing precision.
 
-        Moments, step counts and hyper-parameters come from the state, as in ``torch.optim``; how updates are computed
-        and moments are stored (``foreach``, ``fused``, ``capturable``, ``state_bits``, ``master_weight_bits``) stays
-        as constructed, and loaded moments are converted. A state of another optimizer (AdamW, say) is accepted with
-        one warning: its moments and step counts are kept, so steps already done count towards the switch, and the
-        options that it does not know stay as constructed. Hooks registered by
+        Moments, step counts and hyper-parameters come from the state, as in ``torch.optim``; the execution and
+        storage options (``foreach``, ``fused``, ``capturable``, ``state_bits``, ``master_weight_bits``) stay as
+        constructed, and loaded moments are converted. A state of another Adam-like optimizer, such as AdamW, is
+        accepted with one warning: its moments and step counts are kept, so steps already done count towards the
+        switch, and options that it lacks stay as constructed. Hooks registered with
         ``register_load_state_dict_pre_hook`` run first, and all of this applies to what they return.
 
         Args:
@@ -418,10 +418,10 @@ class MomentOptimizer(Optimizer):
                     )
 
     def _restore(self, loaded: dict[str, Any], before: list[Group]) -> list[str]:
-        """Put back what torch cast to the parameters' dtype (pytorch issue 43706), and bring it into our form.
+        """Restore what torch cast to the parameters' dtype (pytorch issue 43706), and convert it to our form.
 
         Returns:
-            What the user should know of it, in sentences.
+            Sentences for the warning to the user.
         """
         name = type(self).__name__
         saved_by = [group.get("optimizer", "another optimizer") for group in loaded["param_groups"]]
@@ -469,7 +469,7 @@ def _check_graph_capture(optimizer: Optimizer) -> None:
 
 
 def _pairs(saved: Iterable[Group], groups: Iterable[Group]) -> Iterator[tuple[Any, Tensor]]:
-    """Ids of saved parameters beside the parameters that they stand for."""
+    """Pairs of the ids of saved parameters and the parameters they belong to."""
     ids = chain.from_iterable(group["params"] for group in saved)
     return zip(ids, chain.from_iterable(group["params"] for group in groups))
 
@@ -489,7 +489,7 @@ def _is_narrower(moment: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _convert_moment(param: Tensor, state: State, name: str, wanted: MomentFormat, dtype: torch.dtype) -> str:
-    """Store a moment in another format; say what that does."""
+    """Convert a moment to another format; return a description of the change."""
     stored = format_of(state, name)
     moment = stored.decode(state, name)
     for key in stored.layout(param, name, dtype):
@@ -502,20 +502,20 @@ def _convert_moment(param: Tensor, state: State, name: str, wanted: MomentFormat
 
 
 def _convert_correction(param: Tensor, state: State, bits: int | None) -> str:
-    """Keep a weight with ``bits`` bits, or None for the parameter alone; say what that does."""
+    """Convert a weight to ``bits`` bits, or to the parameter alone for None; return a description of the change."""
     old = state.pop("weight_correction")
     if bits is None:
         return "the corrections of 16-bit weights are dropped, since master_weight_bits is None"
     state["weight_correction"] = new_correction(param, bits)
     write_weight_(param, state["weight_correction"], read_weight(param, old), state["step"])
-    return f"16-bit weights and their corrections are brought to {bits} bits"
+    return f"16-bit weights and their corrections are converted to {bits} bits"
 
 
 def _batches(group: Group, items: list[Item], foreach: bool) -> Iterator[tuple[list[Item], StepScalars]]:
-    """Split a group's items into (items, scalars) that one call can update.
+    """Split a group's items into batches that one call can update, each with its scalars.
 
-    Reads the step counts on the host, except where that is forbidden (``capturable``) or would break a compiled
-    graph; there the scalars are tensors, one per parameter.
+    Reads the step counts on the host unless that is forbidden (``capturable``) or would break a compiled graph; then
+    the scalars are tensors, one per parameter.
     """
     options = {name: group[name] for name in _SCALAR_OPTIONS if name in group}
     on_host = not (group["capturable"] or torch.compiler.is_compiling())
@@ -525,7 +525,7 @@ def _batches(group: Group, items: list[Item], foreach: bool) -> Iterator[tuple[l
     batches = defaultdict(list)
     for item in items:
         param, grad, state = item
-        mesh = getattr(param, "device_mesh", None)  # one call takes plain tensors or DTensors of one mesh
+        mesh = getattr(param, "device_mesh", None)  # a call accepts either plain tensors or DTensors of one mesh
         moments = (state[name].dtype for name in state if name.startswith("exp_avg"))
         step = state["step"].item() if on_host else None
         batches[(step, mesh, param.device, param.dtype, grad.dtype, *moments)].append(item)
@@ -541,7 +541,7 @@ def _batches(group: Group, items: list[Item], foreach: bool) -> Iterator[tuple[l
 
 
 def _slices(items: list[Item]) -> Iterator[list[Item]]:
-    """Cut a batch that is worked on in float32 copies, so that they take little memory at a time."""
+    """Split a batch that is computed in float32 copies, to limit the memory of the copies."""
     param, _, state = items[0]
     moments = [state[name].dtype for name in state if name.startswith("exp_avg")]
     if all(dtype == param.dtype for dtype in moments) and param.dtype not in HALF_DTYPES:
@@ -559,14 +559,14 @@ def _slices(items: list[Item]) -> Iterator[list[Item]]:
 
 
 def _transpose(scalars: list[StepScalars]) -> StepScalars:
-    """One StepScalars of lists from a list of StepScalars; fields shared by all stay scalars."""
+    """Turn a list of StepScalars into one StepScalars of lists; fields shared by all stay scalars."""
     columns = [list(column) for column in zip(*scalars)]
     fields: list[Any] = [column if isinstance(column[0], Tensor) else column[0] for column in columns]
     return StepScalars(*fields)
 
 
 def _replaced_options(before: list[Group], after: list[Group]) -> list[str]:
-    """The options given to this optimizer that a loaded state has replaced."""
+    """Descriptions of the options that a loaded state has replaced."""
     skipped = {"params", "lr", "optimizer", "foreach", "fused", "capturable", "state_bits", "master_weight_bits"}
     changes = []
     for index, (old, new) in enumerate(zip(before, after)):
@@ -612,26 +612,26 @@ def check_options(options: Group) -> None:
 
 
 def check_number(options: Group, name: str, low: float, high: float = math.inf) -> None:
-    """Make a float of ``options[name]``, which should be a number in [low, high]."""
+    """Convert ``options[name]`` to a float, and check that it is in [low, high]."""
     options[name] = as_number(name, options[name], low, high)
 
 
 def as_number(name: str, value: Any, low: float, high: float = math.inf, open_end: bool = False) -> float:
-    """The number as a float, so that state dicts hold nothing of numpy; also a one-element array's."""
+    """Convert a number or one-element array to a float, so that state dicts hold no numpy objects."""
     if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Invalid {name}: {value!r} - should be a number, not {type(value).__name__}.")
     number = float(value)
     inside = low <= number < high if open_end or high == math.inf else low <= number <= high
-    if not inside:  # NaN is in no range
+    if not inside:  # also catches NaN
         bracket = ")" if open_end or high == math.inf else "]"
         raise ValueError(f"Invalid {name}: {value} - should be in [{low}, {high}{bracket}.")
     return number
 
 
 def check_flag(options: Group, *names: str, optional: bool = False) -> None:
-    """Check that ``options[name]`` is True or False, or if optional None."""
+    """Check that ``options[name]`` is True or False, or None if ``optional``."""
     allowed = (True, False, None) if optional else (True, False)
     for name in names:
         if not any(options[name] is value for value in allowed):
@@ -639,8 +639,8 @@ def check_flag(options: Group, *names: str, optional: bool = False) -> None:
 
 
 def check_choice(options: Group, name: str, allowed: Iterable[Any]) -> None:
-    """Make ``options[name]`` the one of ``allowed`` that it equals."""
+    """Replace ``options[name]`` by the member of ``allowed`` that it equals."""
     value, choices = options[name], list(allowed)
     if isinstance(value, bool) or value not in choices:
         raise ValueError(f"Invalid {name}: {value!r} - should be {' or '.join(map(str, choices))}.")
-    options[name] = choices[choices.index(value)]  # 8.0 and numpy's integers are 8
+    options[name] = choices[choices.index(value)]  # 8.0 and numpy integers become 8

@@ -1,6 +1,6 @@
-r"""The update rule of DualAdam and InvAdam, to be read beside the paper.
+r"""The update rule of DualAdam and InvAdam, in the notation of the paper.
 
-Shi, Chen, Jin and Zhou, arXiv 2603.07122 (2026), with the authors' public code where the two differ. Paper letters:
+Source: Shi, Chen, Jin and Zhou, arXiv 2603.07122 (2026), and the authors' public code where the two differ. Notation:
 theta (``param``), g (``grad``), m (``exp_avg``), v (``exp_avg_sq``), beta1, beta2, eta (``lr``), lambda
 (``weight_decay``), epsilon (``eps``) and alpha (the weight of the inverse update). For step t = 1, 2, ...::
 
@@ -14,7 +14,7 @@ alpha = 1 is InvAdam, alpha = 0 is AdamW. Two factors of ours multiply the inver
 constant, and with ``normalize_inverse`` the ratio of the two updates' norms. A part whose weight is 0 is not computed,
 so it cannot turn an overflow into NaN.
 
-The formula appears in four statements with the same names, order and factors: :func:`dual_update_` for one tensor,
+The formula appears four times, with the same names, order and factors: :func:`dual_update_` for one tensor,
 :func:`foreach_dual_update_` for lists, ``kernels/formula.h`` for the CPU and ``kernels/dual_update_triton.py`` for
 CUDA. The kernels are tested against the first. They differ only in this:
 
@@ -39,10 +39,10 @@ from torch import Tensor
 
 
 class StepScalars(NamedTuple):
-    """Everything in one step that is the same for all elements of a tensor.
+    """The quantities of one step that are the same for all elements of a tensor.
 
-    Each value is a float, or, where the step count may not be read on the host (CUDA graphs, ``torch.compile``), a
-    0-dim tensor; for lists of tensors it is then a list of 0-dim tensors.
+    Each value is a float. Where the step count may not be read on the host (CUDA graphs, ``torch.compile``), it is a
+    0-dim tensor, or for lists of tensors a list of 0-dim tensors.
 
     Attributes:
         lr: eta.
@@ -74,11 +74,11 @@ class StepScalars(NamedTuple):
 
 
 class UpdateRule(NamedTuple):
-    """One optimizer's formula, in the statements that exist of it.
+    """The formula of one optimizer, in its implementations.
 
     Attributes:
-        single: ``single(param, grad, *moments, scalars)`` updates one tensor and its moments in place, leaving
-            ``grad`` as it is. ``moments`` are the tensors that the optimizer class names; ``scalars`` is a
+        single: ``single(param, grad, *moments, scalars)`` updates one tensor and its moments in place and does
+            not change ``grad``. ``moments`` are the tensors named by the optimizer class; ``scalars`` is a
             :class:`StepScalars`.
         foreach: the same for lists of tensors; None to update them one by one.
         kernel: whether the CPU and CUDA kernels compute this formula. Default False.
@@ -90,10 +90,10 @@ class UpdateRule(NamedTuple):
 
 
 def inverse_weight(step: Any, switch_rate: float) -> Any:
-    """Weight alpha_t of the inverse update at step t.
+    """The weight alpha_t of the inverse update at step t.
 
     ``max(0, 1 - t * switch_rate)``, and 0 as soon as it is smaller than ``switch_rate``: the authors' code treats any
-    weight below ``switch_rate`` as 0, so the last step of the blend is left out.
+    weight below ``switch_rate`` as 0, so the last step of the interpolation is left out.
 
     Args:
         step: t, counted from 1; a number, or a 0-dim float64 tensor.
@@ -161,7 +161,7 @@ def dual_update_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
 
     Args:
         param: theta, any shape.
-        grad: g, like ``param``; left as it is.
+        grad: g, like ``param``; not changed.
         exp_avg: m, like ``param``.
         exp_avg_sq: v, like ``param``.
         s: the step's scalars.
@@ -189,7 +189,7 @@ def foreach_dual_update_(
 
     Args:
         params: theta; all tensors of one device and dtype, and all at the same step unless ``s`` holds lists.
-        grads: g, one per parameter; left as they are.
+        grads: g, one per parameter; not changed.
         exp_avgs: m, one per parameter.
         exp_avg_sqs: v, one per parameter.
         s: the step's scalars, as floats or as lists with one 0-dim tensor per parameter.
@@ -220,7 +220,7 @@ DUAL_UPDATE = UpdateRule(dual_update_, foreach_dual_update_, kernel=True)
 
 
 def component_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
-    """Norms of the parts of one tensor's last update, from its moments; changes nothing.
+    """Norms of the components of one tensor's last update, computed from its moments.
 
     Args:
         exp_avg: m after the step, any shape.
@@ -228,8 +228,8 @@ def component_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tens
         s: the scalars of that step.
 
     Returns:
-        The Euclidean norms of m/d, m*d, the weighted inverse part, and both weighted parts together; shape (4,).
-        Multiplied by ``s.step_size`` they are distances moved.
+        The Euclidean norms of m/d, m*d, the weighted inverse part, and the sum of both weighted parts; shape (4,).
+        Multiplied by ``s.step_size`` they are distances.
     """
     denom = exp_avg_sq.sqrt().mul_(s.bias2_rsqrt).add_(s.eps)  # d
     update = exp_avg / denom  # m/d
@@ -261,7 +261,7 @@ def foreach_weight_(xs: list[Tensor] | tuple[Tensor, ...], weight: Any) -> None:
 
 
 def _is_zero(weight: Any) -> bool:
-    """Whether a weight is known on the host to be 0."""
+    """Whether a weight is a float equal to 0."""
     return isinstance(weight, float) and weight == 0.0
 
 
@@ -271,5 +271,5 @@ def norm(x: Tensor) -> Tensor:
 
 
 def norm_ratio(adam_norm: Tensor, inverse_norm: Tensor) -> Tensor:
-    """Factor that gives the inverse update Adam's norm; 0 where there is no inverse update, NaN stays NaN."""
+    """Factor that scales the inverse update to Adam's norm; 0 if the inverse update is 0; NaN stays NaN."""
     return torch.where(inverse_norm == 0, 0.0, adam_norm / inverse_norm)

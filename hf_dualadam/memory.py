@@ -1,4 +1,4 @@
-"""Allocates new state tensors, on the CPU in large pages where Linux has them."""
+"""Allocate new state tensors, on a CPU in huge pages if Linux provides them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import mmap
 import torch
 from torch import Tensor
 
-_OWN_MAPPING = 2**22  # bytes; allocations of this size have a memory mapping of their own
+_OWN_MAPPING = 2**22  # bytes; allocations of this size get their own memory mapping
 
 
 def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros with the layout of ``param``.
 
-    A step reads all of a state tensor. With small pages, the address of every 4 KiB has to be looked up.
+    A step reads whole state tensors; with small pages, it has to look up an address every 4 KiB.
     """
     zeros = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
     if type(zeros) is Tensor and zeros.is_cpu and not torch.compiler.is_compiling():

@@ -1,6 +1,6 @@
-"""DualAdam and InvAdam: their options and their formula.
+"""DualAdam and InvAdam: arguments and options.
 
-The update itself stands in :mod:`hf_dualadam.functional`, the machinery in :mod:`hf_dualadam.base`.
+The formula is in :mod:`hf_dualadam.functional`, the base class in :mod:`hf_dualadam.base`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class DualAdam(MomentOptimizer):
         theta <- theta - lr * [(1 - alpha) * m^ / d + alpha * m^ * d]
 
     With alpha = 1 throughout it is :class:`InvAdam`; from alpha = 0 on it is ``torch.optim.AdamW``, to rounding.
-    Source: Shi, Chen, Jin and Zhou, arXiv 2603.07122, and the authors' public code, followed where they differ (the
-    weight decay is decoupled, and the blend ends one step early). Unlike in the authors' code, the step count is part
-    of the state, so a resumed run continues where it stopped. ``normalize_inverse``, ``inverse_scale``, ``state_bits``
-    and ``master_weight_bits`` are ours.
+    Source: Shi, Chen, Jin and Zhou, arXiv 2603.07122, and the authors' public code, which is followed where they
+    differ: the weight decay is decoupled, and any alpha below ``switch_rate`` is treated as 0. Unlike in the authors'
+    code, the step count is part of the state, so a resumed run continues where it stopped. ``normalize_inverse``,
+    ``inverse_scale``, ``state_bits`` and ``master_weight_bits`` are ours.
 
     State per parameter: ``step`` (0-dim float32, on the CPU unless ``capturable``), ``exp_avg`` and ``exp_avg_sq``
     (like the parameter; float32 for float16 parameters, whose squares would underflow; 8-bit codes and their scales
@@ -110,14 +110,14 @@ class DualAdam(MomentOptimizer):
 
 
 class InvAdam(DualAdam):
-    """InvAdam: multiplies the bias-corrected first moment by the root of the second, where Adam divides.
+    """InvAdam: multiplies the bias-corrected first moment by the root of the second, instead of dividing by it.
 
     :class:`DualAdam` with alpha = 1 throughout: ``theta <- theta - lr * m^ * (sqrt(v^) + eps)``. Its step is of the
-    order of lr * g^2, so it needs a much larger lr than Adam, or ``normalize_inverse=True``, which makes Adam's
-    learning rates fit. Source: arXiv 2603.07122; ``normalize_inverse`` and the options after it are ours.
+    order of lr * g^2, so it needs a much larger lr than Adam, or ``normalize_inverse=True``, which makes it
+    usable at Adam's learning rates. Source: arXiv 2603.07122; ``normalize_inverse`` and the options after it are ours.
 
     Args:
-        params: as in :class:`DualAdam`, like all that follow.
+        params: as in :class:`DualAdam`, like all further arguments.
         lr: learning rate. Default 1e-3.
         betas: decay rates of the two moments. Default (0.9, 0.999).
         eps: added to the root of the second moment. Default 1e-8.
@@ -170,5 +170,5 @@ class InvAdam(DualAdam):
         )
 
 
-# The names by which Trainer, the launcher and other registries know the optimizers: one entry per optimizer.
+# The names of the optimizers in Trainer, the launcher and other registries.
 OPTIMIZERS: dict[str, type[MomentOptimizer]] = {"dualadam": DualAdam, "invadam": InvAdam}

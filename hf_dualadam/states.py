@@ -1,31 +1,32 @@
 """Storage of an optimizer's state: formats of the moments, and 16-bit weights with a correction.
 
-A format says how a moment tensor is kept between steps; :data:`MOMENT_FORMATS` maps ``state_bits`` to it. The formula
-sees decoded moments only. The kernels read and write the same formats in one pass, and are tested against this module.
+A format defines how a moment tensor is stored between steps; :data:`MOMENT_FORMATS` maps ``state_bits`` to it. The
+formula sees only decoded moments. The kernels read and write the same formats in one pass, and are tested against this
+module.
 
-8-bit moments (ours). Each row, all that lies behind the first dimension, is cut into blocks of 128 elements, so any
-split along the first dimension cuts codes and scales where it cuts the parameter.
+8-bit moments (ours). Each row (all dimensions but the first, flattened) is divided into blocks of 128 elements, so
+that a split along the first dimension splits parameter, codes and scales alike.
 
 - ``exp_avg`` (signed): code q in -127..127 stands for sign(q) * (q / 127)^2 * scale, where ``exp_avg_scale`` is the
   block's largest magnitude. Magnitudes below code 1 become 0 and those from code 16 on are rounded to nearest. Between
   the two, where 0.9 * m is less than half a code away from m, rounding to nearest would keep m from decaying.
-- ``exp_avg_sq`` (>= 0): code 0 is exactly 0; 1..255 are even steps of the float32 bit pattern, a piecewise linear
+- ``exp_avg_sq`` (>= 0): code 0 is exactly 0; 1..255 are equal steps of the float32 bit pattern, a piecewise linear
   logarithm, between ``exp_avg_sq_min`` and ``exp_avg_sq_max``, the block's smallest positive and largest value; the
   smallest is at most 40 octaves below the largest. So v has the same relative error at both ends of its range, as the
-  formula needs, which divides by its root and multiplies by it. 0.999 * v is less than a code away from v, so rounding
-  to nearest would drift.
+  formula requires, since it divides by the root of v and multiplies by it. 0.999 * v is less than a code away from v,
+  so rounding to nearest would drift.
 
-A block with a moment that is infinite or NaN stays so: in ``exp_avg`` all its elements become NaN, in ``exp_avg_sq``
-all that are not 0.
+A moment that is infinite or NaN spreads to its block: in ``exp_avg`` all elements become NaN, in ``exp_avg_sq`` all
+nonzero ones.
 
-Weights (ours). With ``master_weight_bits``, the weight that is trained is the half-precision parameter plus
+Weights (ours). With ``master_weight_bits``, the trained weight is the half-precision parameter plus
 ``weight_correction``, an integer of 8 or 16 bits per element. For bfloat16 it holds the next 8 or all 16 bits of the
 float32 weight's bit pattern; for float16, it counts 1/254 or 1/65534 of the parameter's unit in the last place, so
-that half a unit is a whole number and no weight lies between what two parameters can be corrected to.
+that half a unit is a whole number and every weight is within reach of a parameter and its correction.
 
-Where rounding to nearest would not do, :func:`dither` of the step is added before rounding down. Over the steps it
-takes all values in [0, 1) equally often, so rounding is unbiased as if it were stochastic, with less noise, and it is
-the same on every process, on every path and after a resume.
+Where rounding to nearest is biased, :func:`dither` of the step is added before rounding down. Over the steps it takes
+all values in [0, 1) equally often, so the rounding is unbiased, like stochastic rounding but with less noise, and it
+is the same on every process, on every path and after resuming.
 """
 
 from __future__ import annotations
@@ -51,28 +52,28 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shapes and dtypes by 
 
 
 class MomentFormat:
-    """How a moment is stored between steps: a subclass and its entry in :data:`MOMENT_FORMATS` make a new one.
+    """A storage format of a moment. A new format is a subclass and an entry in :data:`MOMENT_FORMATS`.
 
-    A moment is an entry of a parameter's state, called like the moment and shaped like the parameter, and any number
-    of others whose names begin with the moment's, such as scales. Where a parameter is distributed, so are all of
-    them, along the same dimensions, and decoding and encoding work on what this process has.
+    A moment consists of an entry of a parameter's state with the name of the moment and the shape of the parameter,
+    and of further entries whose names start with that of the moment, such as scales. For a distributed parameter, all
+    of them are distributed along the same dimensions, and decoding and encoding work on this process's shards.
     """
 
     def fits(self, param: Tensor) -> bool:
-        """Whether moments of ``param`` can be stored like this; if not, they keep 32 bits."""
+        """Whether moments of ``param`` can be stored in this format; if not, they have 32 bits."""
         raise NotImplementedError
 
     def recognizes(self, state: State, name: str) -> bool:
-        """Whether the moment ``name`` in ``state`` is stored like this."""
+        """Whether the moment ``name`` in ``state`` is stored in this format."""
         raise NotImplementedError
 
     def layout(self, param: Tensor, name: str, dtype: torch.dtype) -> Layout:
-        """The state's entries for the moment ``name``, which starts as zeros.
+        """The entries of the state for a moment of zeros.
 
         Args:
             param: the parameter.
             name: ``exp_avg`` or ``exp_avg_sq``.
-            dtype: of the moment if it were kept as it is, see :func:`exact_dtype`.
+            dtype: dtype of the uncompressed moment, see :func:`exact_dtype`.
         """
         raise NotImplementedError
 
@@ -115,7 +116,7 @@ class EightBitMoments(MomentFormat):
     """8-bit codes with float32 scales per block of a row, as described at the top of this module."""
 
     def fits(self, param: Tensor) -> bool:
-        """Large enough, in rows that are worth their scales, and if distributed, split along the first dimension."""
+        """Whether ``param`` is large enough, has long rows and, if distributed, is split along the first dimension."""
         if param.dtype not in (torch.float32, *HALF_DTYPES) or param.dim() < 2 or param.numel() < MIN_NUMEL:
             return False
         if any(getattr(placement, "dim", 0) != 0 for placement in getattr(param, "placements", ())):
@@ -165,16 +166,16 @@ MOMENT_FORMATS: dict[int, MomentFormat] = {32: ExactMoments(), 8: EightBitMoment
 
 
 def format_for(param: Tensor, state_bits: int) -> MomentFormat:
-    """The format of a new state: the one asked for, or 32 bits where that does not fit the parameter."""
+    """The format of a new state: the one requested, or 32 bits if it does not support the parameter."""
     wanted = MOMENT_FORMATS[state_bits]
     return wanted if wanted.fits(param) else MOMENT_FORMATS[32]
 
 
 def format_of(state: State, name: str) -> MomentFormat:
-    """The format in which a moment is stored: the one of fewest bits that recognizes it.
+    """The format in which a moment is stored: the one with the fewest bits that recognizes it.
 
     Raises:
-        ValueError: none of ours.
+        ValueError: no format recognizes it.
     """
     for _, moment_format in sorted(MOMENT_FORMATS.items()):
         if moment_format.recognizes(state, name):
@@ -185,14 +186,14 @@ def format_of(state: State, name: str) -> MomentFormat:
 def exact_dtype(param: Tensor, master_weight_bits: int | None = None) -> torch.dtype:
     """The dtype of a parameter's moments with ``state_bits=32``.
 
-    The parameter's, but float32 for float16, whose squares would underflow, and beside a weight of 24 or 32 bits.
+    The parameter's dtype, but float32 for float16, whose squares would underflow, and for weights of 24 or 32 bits.
     """
     wide = param.dtype == torch.float16 or (master_weight_bits is not None and param.dtype in HALF_DTYPES)
     return torch.float32 if wide else param.dtype
 
 
 def new_moment(moment_format: MomentFormat, param: Tensor, name: str, dtype: torch.dtype) -> State:
-    """The entries of a moment that is zero; ``dtype`` is that of :func:`exact_dtype`."""
+    """The entries of the state for a moment of zeros; ``dtype`` is that of :func:`exact_dtype`."""
     layout = moment_format.layout(param, name, dtype)
     return {key: _zeros(param, shape, entry_dtype) for key, (shape, entry_dtype) in layout.items()}
 
@@ -216,7 +217,7 @@ def _decode_signed(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _encode_positive(x: Tensor, step: Any) -> tuple[Tensor, Tensor, Tensor]:
-    bits = x.view(torch.int32) & _MAX_INT  # a NaN may have a sign
+    bits = x.view(torch.int32) & _MAX_INT  # NaN can have a sign
     high = bits.amax(-1)
     low = torch.where(bits > 0, bits, _MAX_INT).amin(-1)
     low = torch.minimum(torch.maximum(low, high - OCTAVES * 2**23), high)
@@ -241,18 +242,18 @@ def _code_width(low: Tensor, high: Tensor) -> Tensor:
 def dither_bits(step: Any, device: torch.device) -> Tensor:
     """32 bits for a step, as a 0-dim int64: its multiple of 2^32 divided by the golden ratio.
 
-    Of all sequences of multiples, this one is spread most evenly over any stretch of steps.
+    Of all sequences of multiples, this one is distributed most evenly over any range of steps.
     """
     return (torch.as_tensor(step).to(device).long() * 0x9E3779B1) & 0xFFFFFFFF
 
 
 def dither(step: Any, device: torch.device) -> Tensor:
-    """A number in [0, 1) for a step, as a 0-dim float32: the upper 24 of :func:`dither_bits`."""
+    """A number in [0, 1) for a step, as a 0-dim float32: the upper 24 bits of :func:`dither_bits`."""
     return (dither_bits(step, device) >> 8).float() * 2.0**-24
 
 
 def _to_blocks(x: Tensor) -> Tensor:
-    """Rows cut into blocks and padded with zeros: shape (rows, blocks, 128)."""
+    """Divide rows into blocks, padded with zeros: shape (rows, blocks, 128)."""
     rows = x.reshape(x.shape[0], x.shape[1:].numel())
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK)).view(x.shape[0], -1, BLOCK)
 
@@ -286,8 +287,8 @@ def read_weight(param: Tensor, correction: Tensor) -> Tensor:
 def write_weight_(param: Tensor, correction: Tensor, weight: Tensor, step: Any) -> None:
     """Split a float32 weight into the nearest half-precision number and the correction, in place.
 
-    With 8 bits of correction, the weight is first rounded to what they can hold, dithered, so that updates smaller
-    than its unit count on average.
+    With 8 bits of correction, the weight is first rounded to their precision with dither, so that updates smaller
+    than the rounding unit accumulate on average.
     """
     local, value = local_tensor(param), local_tensor(weight).contiguous()
     if param.dtype == torch.bfloat16:
@@ -310,8 +311,8 @@ def _bits(correction: Tensor) -> int:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """The unit in the last place of float16 numbers, in float32."""
-    exponent_bits = (x.float().view(torch.int32) & _INFINITE_BITS).clamp_min(113 << 23)  # subnormals share 2^-14's
+    """Unit in the last place of float16 numbers, as float32."""
+    exponent_bits = (x.float().view(torch.int32) & _INFINITE_BITS).clamp_min(113 << 23)  # subnormals: that of 2^-14
     return exponent_bits.view(torch.float32) * 2.0**-10
 
 
@@ -319,7 +320,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def local_tensor(x: Tensor) -> Tensor:
-    """This process's shard of a DTensor, told by its method since its module is slow to import; else ``x`` itself."""
+    """This process's shard of a DTensor; other tensors unchanged. Checks for the method: the import is slow."""
     to_local: Callable[[], Tensor] | None = getattr(x, "to_local", None)
     return x if to_local is None else to_local()
 

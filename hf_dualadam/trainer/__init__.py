@@ -1,4 +1,4 @@
-"""DualAdam and InvAdam in the Hugging Face Trainer: all that knows transformers."""
+"""DualAdam and InvAdam in the Hugging Face Trainer: everything that depends on transformers."""
 
 from ..optimizers import OPTIMIZERS
 from .callback import DualAdamCallback

@@ -1,4 +1,4 @@
-"""What happens while a Trainer runs: the planned switch, logged statistics, warnings."""
+"""The callback of a running Trainer: it plans the switch, logs statistics and warns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .optim_args import parse_optim_args
 
 logger = logging.getLogger(__name__)
 
-# A share below this moves nothing that a longer warm-up would not; steps above this fraction of the weights diverge.
+# An inverse share below the first has no visible effect; steps above the second fraction of the weights diverge.
 NEGLIGIBLE_SHARE = 0.01
 DIVERGING_STEP = 0.1
 
@@ -34,7 +34,7 @@ class DualAdamCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.loss_is_checked = False  # in this training, by the Trainer's first step
+        self.loss_is_checked = False  # recorded at the first step of this training
         self._warned: set[str] = set()
         self._report: str | None = None
         self._planned_steps: int | None = None
@@ -65,7 +65,7 @@ class DualAdamCallback(TrainerCallback):
             steps: planned optimizer steps, over the whole training.
 
         Raises:
-            ValueError: the phase would be longer than step counts can count.
+            ValueError: the phase is longer than the largest step count.
         """
         inner = _unwrap(optimizer)[-1]
         fraction = _switch_fraction(args, inner)
@@ -93,11 +93,11 @@ class DualAdamCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Say where the switch is, and stop if DeepSpeed has replaced or would distort the optimizer.
+        """Report the switch, and stop if DeepSpeed has replaced the optimizer or would change its results.
 
         Raises:
-            RuntimeError: the optimizer asked for is not the one that would run, or cannot keep its promise.
-            ValueError: gradients cannot be released here.
+            RuntimeError: another optimizer would run than the one asked for, or the option cannot be honored.
+            ValueError: ``release_gradients`` is not possible with these arguments.
         """
         self._warned.clear()
         self._report, self.loss_is_checked = None, False
@@ -112,7 +112,7 @@ class DualAdamCallback(TrainerCallback):
                 "normalize_inverse needs whole tensors, and DeepSpeed's ZeRO flattens them: set "
                 "normalize_inverse=false, or use FSDP2 instead of ZeRO."
             )
-        if self._planned_steps != state.max_steps:  # a Trainer with its own create_scheduler does not say its plan
+        if self._planned_steps != state.max_steps:  # a Trainer with its own create_scheduler does not report its plan
             self.plan(args, optimizer, state.max_steps)
         for group in inner.param_groups:  # checkpoints of version 0.1 and before hold Trainer's plan
             for key in ("switch_fraction", "planned_steps"):
@@ -149,7 +149,7 @@ class DualAdamCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures of the last step to a training log, and warn where they call for it."""
+        """Add the statistics of the last step to a training log, and warn if necessary."""
         inner = _unwrap(optimizer)[-1]
         if logs is None or not isinstance(inner, DualAdam) or not _is_training_log(logs):
             return
@@ -163,11 +163,11 @@ class DualAdamCallback(TrainerCallback):
         logs.update(figures)
 
     def _report_switch(self, args: TrainingArguments, state: TrainerState, inner: torch.optim.Optimizer) -> None:
-        """Say in one line where the switch to AdamW is not what the options ask for."""
+        """Warn in one line if the switch to AdamW is not where the options put it."""
         fraction = _switch_fraction(args, inner)
         if fraction is not None and self._planned_groups:
             rate = inner.param_groups[self._planned_groups[0]]["switch_rate"]
-            inner.defaults["switch_rate"] = rate  # what these groups follow from here on
+            inner.defaults["switch_rate"] = rate  # what these groups use from now on
         else:
             rate = max(group["switch_rate"] for group in inner.param_groups)
         if rate == 0:  # InvAdam
@@ -179,7 +179,7 @@ class DualAdamCallback(TrainerCallback):
             text = (
                 f"This run keeps the switch of its checkpoint: alpha is 0 from step {last + 1} of {steps} on, where "
                 f"switch_fraction={fraction:g} asks for step {last_inverse_step(switch_rate(fraction, steps)) + 1}. "
-                "To plan anew, start from the model's weights."
+                "For a new plan, start a new run from the model's weights."
             )
         elif done > state.global_step:
             inverse_steps = max(0, min(last - done, steps - state.global_step))
@@ -200,13 +200,13 @@ class DualAdamCallback(TrainerCallback):
         else:
             return
         self._report = text
-        if not args.auto_find_batch_size:  # else said when a batch size has been found
+        if not args.auto_find_batch_size:  # otherwise reported when a batch size has been found
             self._say_report(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say once what there is to say about the switch."""
+        """Log a message about the switch, once."""
         self._say_report(state)
 
     def _say_report(self, state: TrainerState) -> None:
@@ -243,7 +243,7 @@ class DualAdamCallback(TrainerCallback):
 
     @staticmethod
     def _check_other_optimizer(args: TrainingArguments, inner: Any) -> None:
-        """Say so where another optimizer runs than ``optim`` names, or goes on from a checkpoint of ours."""
+        """Warn if the optimizer is not the one ``optim`` names, or continues from a checkpoint of ours."""
         name = type(inner).__name__
         if args.optim in OPTIMIZERS:
             if type(inner).__module__.startswith("deepspeed"):
@@ -252,14 +252,14 @@ class DualAdamCallback(TrainerCallback):
                     'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.'
                 )
             logger.warning(
-                f"optim={str(getattr(args.optim, 'value', args.optim))} is not used: this Trainer was given an "
-                f"optimizer of its own, {name}."
+                f"optim={str(getattr(args.optim, 'value', args.optim))} is not used: this Trainer was created with "
+                f"another optimizer, {name}."
             )
         ours = {cls.__name__ for cls in OPTIMIZERS.values()}
         saved_by = {group.get("optimizer") for group in getattr(inner, "param_groups", [])} & ours
         if saved_by:
             adam = isinstance(inner, (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam))  # AdamW is an Adam
-            taken = "it takes over moments and step counts" if adam else "it has no use for their moments"
+            taken = "it keeps moments and step counts" if adam else "it does not use their moments"
             logger.warning(
                 f"This run continues with {name} from a checkpoint of {', '.join(sorted(saved_by))}: {taken}, and "
                 "there is no inverse phase."
@@ -267,15 +267,15 @@ class DualAdamCallback(TrainerCallback):
 
 
 def switch_rate(fraction: float, steps: int) -> float:
-    """The rate with which the inverse phase takes a fraction of the planned steps.
+    """The rate for an inverse phase of a fraction of the planned steps.
 
     Args:
         fraction: ``switch_fraction``, in (0, 1].
         steps: planned optimizer steps.
 
     Returns:
-        ``1 / (fraction * steps)``, at most 1, and less by 1e-9 of it where rounding would end the phase a step early:
-        alpha may not be smaller than the rate, and 1 - 9 * 0.1 is 0.0999... < 0.1.
+        ``1 / (fraction * steps)``, at most 1. Where rounding would end the phase one step early, it is smaller by a
+        factor of 1 - 1e-9: alpha below the rate counts as 0, and 1 - 9 * 0.1 is 0.0999... < 0.1.
     """
     rate = min(1.0, 1 / (fraction * max(1, steps)))
     slower = rate * (1 - 1e-9)
@@ -283,7 +283,7 @@ def switch_rate(fraction: float, steps: int) -> float:
 
 
 def last_inverse_step(rate: float) -> int:
-    """The last step at which alpha is not 0; 0 if there is none.
+    """The last step with a nonzero alpha; 0 if there is none.
 
     Args:
         rate: ``switch_rate``, in (0, 1].
@@ -326,9 +326,9 @@ def _refuse_what_excludes_release(args: TrainingArguments, what: str) -> None:
 
 
 def _is_training_log(logs: dict[str, Any]) -> bool:
-    """Whether these are the logs of training steps, also where a Trainer has renamed the keys.
+    """Whether these are logs of training steps, even if a Trainer has renamed the keys.
 
-    They have a learning rate, which evaluations and the summary at the end do not have.
+    Such logs have a learning rate; those of evaluations and the final summary have none.
     """
     if any(key.startswith("eval") or key.endswith("_runtime") for key in logs):
         return False
@@ -343,7 +343,7 @@ def _loss(logs: dict[str, Any]) -> float:
 
 
 def _unwrap(optimizer: Any) -> list[Any]:
-    """The optimizer and all that its wrappers (accelerate's, DeepSpeed's) hold, outermost first."""
+    """The optimizer and those inside its wrappers (accelerate's, DeepSpeed's), outermost first."""
     layers = [optimizer]
     while hasattr(layers[-1], "optimizer"):
         layers.append(layers[-1].optimizer)
@@ -351,5 +351,5 @@ def _unwrap(optimizer: Any) -> list[Any]:
 
 
 def _is_partitioned(optimizer: Any) -> bool:
-    """Whether DeepSpeed's ZeRO hands the inner optimizer flat parts of the model."""
+    """Whether DeepSpeed's ZeRO passes flattened parts of the model to the inner optimizer."""
     return any(".zero." in type(layer).__module__ for layer in _unwrap(optimizer))

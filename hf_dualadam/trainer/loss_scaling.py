@@ -1,4 +1,4 @@
-"""Finds runs whose loss Trainer takes for divided by ``num_items_in_batch`` although nothing has divided it.
+"""Detect runs in which Trainer wrongly assumes that the loss is divided by ``num_items_in_batch``.
 
 In Transformers 5 the forward of most models takes ``**kwargs``. Trainer concludes that their loss is a sum divided by
 ``num_items_in_batch``, the number of labels in the whole accumulated batch: it does not divide such a loss by the
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# What reads a tensor's value out of torch.
+# Methods that read a tensor's value on the host.
 _READS = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__")
 
 
 class Factor(NamedTuple):
-    """By what the loss and the gradients of a run are too large.
+    """Factors by which the loss and gradients of a run are too large.
 
     Attributes:
         accumulation: from accumulating gradients.
@@ -34,7 +34,7 @@ class Factor(NamedTuple):
 class CountWitness(Tensor):
     """``num_items_in_batch`` that records whether it has been used: combined with another tensor, or read.
 
-    Moving or reshaping it does not count; the result records in its place.
+    Moving or reshaping does not count as a use; the result then records its own use.
     """
 
     used: list[bool]
@@ -58,7 +58,7 @@ class CountWitness(Tensor):
         args: Iterable[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run a torch function and note whether it uses the count."""
+        """Run a torch function and record whether it uses the count."""
         tensors = _tensors([*args, *(kwargs or {}).values()])
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
@@ -80,11 +80,11 @@ def _tensors(values: list[Any]) -> list[Tensor]:
 
 
 def can_witness(trainer: Any, model: Any, count: Any) -> bool:
-    """Whether a training step can be watched without disturbing it: not where it is compiled or spread over threads.
+    """Whether a training step can be observed without side effects: not if it is compiled or runs in threads.
 
     Args:
         trainer: the Trainer that is about to make the step.
-        model: what it will call.
+        model: the model that it will call.
         count: ``num_items_in_batch``.
     """
     compiled = trainer.args.torch_compile or hasattr(model, "_orig_mod") or _is_compiled(model)
@@ -103,7 +103,7 @@ def loss_factor(trainer: Any, base_compute_loss: Any) -> Factor:
         base_compute_loss: ``Trainer.compute_loss`` as transformers defines it, which multiplies by the processes.
 
     Returns:
-        The two factors; both 1 where the loss is right.
+        The two factors; both 1 if the loss is correct.
     """
     taken_for_divided = getattr(trainer, "loss_is_scaled_for_ga", None)
     accumulation = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
@@ -119,7 +119,7 @@ def _tensor_parallel_size(trainer: Any) -> int:
 
 
 def loss_factor_message(trainer: Any, factor: Factor, base_compute_loss: Any) -> str:
-    """One line for the user: what is too large, by what, why, and the remedy.
+    """Build the warning: what is too large, by which factor, why, and the remedy.
 
     Args:
         trainer: the Trainer.

@@ -1,4 +1,4 @@
-"""A Trainer callback that stops at the first gradient that is not finite and names the parameters it came from."""
+"""A Trainer callback that stops at the first non-finite gradient and names the parameters it comes from."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ NAMED = 5  # parameters in the message
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Stops training before an optimizer step whose gradients are not all finite; no weight is changed by them.
+    """Stops training before an optimizer step with non-finite gradients, so that no weight is changed by them.
 
-    ``Trainer(..., callbacks=[StopOnNonFinite()])``. Gradients are looked at as they come out of the backward pass, so
-    the names are those of the parameters where it went wrong, in that order, even though clipping by a norm that is
-    not finite spoils all others before the step. Works with any optimizer and dense gradients, and costs two readings
-    of the gradients and one host synchronisation a step. Not for fp16, whose loss scaling meets and skips such
-    gradients by design, nor for DeepSpeed, which keeps its gradients to itself.
+    Use it as ``Trainer(..., callbacks=[StopOnNonFinite()])``. Gradients are checked during the backward pass, and the
+    error names the first non-finite ones in that order, before clipping by a non-finite norm makes all others NaN.
+    Works with any optimizer and dense gradients. Each step reads the gradients twice and synchronizes with the host
+    once. Refused with fp16, whose loss scaling produces and skips such gradients by design, and with DeepSpeed, which
+    does not expose gradients.
     """
 
     def __init__(self) -> None:
-        self._largest: dict[str, Tensor] = {}  # of each gradient's absolute values, in the order of the backward pass
+        self._largest: dict[str, Tensor] = {}  # absolute value in each gradient, in the order of the backward pass
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(
@@ -37,7 +37,7 @@ class StopOnNonFinite(TrainerCallback):
         """Watch the gradients of ``model``.
 
         Raises:
-            ValueError: gradients cannot be watched, or need not be finite, with these arguments.
+            ValueError: with these arguments, gradients cannot be observed or need not be finite.
         """
         if args.fp16 or args.deepspeed:
             mode = "fp16, whose loss scaling skips them by design" if args.fp16 else "DeepSpeed, which hides gradients"
@@ -60,7 +60,7 @@ class StopOnNonFinite(TrainerCallback):
         """Stop if a gradient of this step is not finite.
 
         Raises:
-            FloatingPointError: with the names of the first parameters whose gradients were not finite.
+            FloatingPointError: a gradient is not finite; the message names the first such parameters.
         """
         bad = _not_finite(self._largest)
         left = _not_finite({name: _largest(p.grad) for name, p in model.named_parameters() if p.grad is not None})
@@ -71,14 +71,14 @@ class StopOnNonFinite(TrainerCallback):
             where = f"first in {first} ({len(bad)} of {count} parameters)" if bad else "it came from another process"
             raise FloatingPointError(
                 f"The gradient is not finite at step {state.global_step + 1}: {where}. No weight has been changed by "
-                "it; the last checkpoint is from before. Look at the batch and the loss, lower learning_rate, or set "
-                "max_grad_norm."
+                "it; the last checkpoint is from before this step. Inspect the batch and the loss, lower "
+                "learning_rate, or set max_grad_norm."
             )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of the model."""
+        """Remove the hooks."""
         self._forget()
 
     def _forget(self) -> None:
@@ -97,13 +97,13 @@ class StopOnNonFinite(TrainerCallback):
 
 @torch.no_grad()
 def _largest(grad: Tensor) -> Tensor:
-    """The largest absolute value, of this process's shard; a NaN wins."""
+    """The largest absolute value of this process's shard; NaN if there is one."""
     grad = grad.to_local() if hasattr(grad, "to_local") else grad
     return torch.linalg.vector_norm(grad, ord=float("inf")) if grad.numel() else grad.new_zeros(())
 
 
 def _not_finite(largest: dict[str, Tensor]) -> list[str]:
-    """The names whose value is not finite, read from the device at once."""
+    """The names of non-finite values, read from the device in one transfer."""
     if not largest:
         return []
     home = next(iter(largest.values())).device

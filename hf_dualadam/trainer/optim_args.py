@@ -1,7 +1,7 @@
-"""Trainer's ``optim_args`` text: the table of its keys, and the parser.
+"""Trainer's ``optim_args``: the table of keys, and the parser.
 
-Which of the keys an optimizer takes follows from its constructor, so an optimizer that is added to
-``hf_dualadam.optimizers.OPTIMIZERS`` needs no entry here unless it has an option of its own.
+The constructor of an optimizer determines which keys it takes, so a new optimizer in
+``hf_dualadam.optimizers.OPTIMIZERS`` needs no entry here unless it adds an option.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class OptimArg(NamedTuple):
     """One key of ``optim_args``.
 
     Attributes:
-        parse: reads the text of the value; raises ValueError or KeyError where it is not allowed.
-        allowed: what is allowed, for messages and the table in the README.
-        meaning: what the option does, for the same table.
-        needs: the constructor argument without which an optimizer does not take the key; None for the key itself.
+        parse: converts the text of the value; raises ValueError or KeyError if it is not allowed.
+        allowed: the allowed values, for messages and the table in the README.
+        meaning: what the option does, for the table in the README.
+        needs: the constructor argument that the option requires; None if it is the key itself.
     """
 
     parse: Callable[[str], Any]
@@ -50,13 +50,13 @@ def _flag(text: str) -> bool:
 
 OPTIM_ARGS = {
     "switch_rate": OptimArg(
-        functools.partial(_number, high=1.0), "a number in [0, 1]", "drop of alpha per optimizer step"
+        functools.partial(_number, high=1.0), "a number in [0, 1]", "decrease of alpha per optimizer step"
     ),
     "switch_fraction": OptimArg(
         functools.partial(_number, high=1.0, open_start=True),
         "a number in (0, 1]",
         "length of the inverse phase as a fraction of the planned optimizer steps; instead of switch_rate",
-        needs="switch_rate",  # Trainer's own: the callback turns it into a rate
+        needs="switch_rate",  # not an argument of the optimizer: the callback turns it into a rate
     ),
     "normalize_inverse": OptimArg(_flag, "true or false", "rescale the inverse update to the size of Adam's"),
     "inverse_scale": OptimArg(_number, "a number >= 0", "factor of the inverse update; 1 is the paper"),
@@ -66,7 +66,7 @@ OPTIM_ARGS = {
     "master_weight_bits": OptimArg(
         functools.partial(_one_of, choices=(24, 32)),
         "24 or 32",
-        "precision to which bfloat16 and float16 weights are trained",
+        "bits per weight when training bfloat16 and float16 parameters",
     ),
     "release_gradients": OptimArg(
         _flag,
@@ -86,18 +86,18 @@ def valid_optim_args(optimizer_cls: type[torch.optim.Optimizer]) -> dict[str, Op
         optimizer_cls: the optimizer; its constructor's arguments decide.
 
     Returns:
-        That part of :data:`OPTIM_ARGS`.
+        The entries of :data:`OPTIM_ARGS` that it takes.
     """
     arguments = inspect.signature(optimizer_cls).parameters
     return {key: arg for key, arg in OPTIM_ARGS.items() if (arg.needs or key) in arguments}
 
 
 def parse_optim_args(text: str | None, optimizer_cls: type[torch.optim.Optimizer] = DualAdam) -> dict[str, Any]:
-    """Read Trainer's ``optim_args`` text into typed options.
+    """Parse Trainer's ``optim_args`` into typed options.
 
     Args:
         text: ``"key=value,key=value"``; None or empty for no options.
-        optimizer_cls: whose options are allowed: InvAdam has none about the switch.
+        optimizer_cls: the optimizer, whose options are allowed; InvAdam has no switch.
 
     Returns:
         The options with their types.
@@ -132,7 +132,7 @@ def parse_optim_args(text: str | None, optimizer_cls: type[torch.optim.Optimizer
 
 
 def _whose(key: str) -> str:
-    """Name the optimizers that do take a key, and how a search over ``optim`` gives each its own options."""
+    """Name the optimizers that take a key, and how a search over ``optim`` sets different options for each."""
     owners = [cls.__name__ for cls in OPTIMIZERS.values() if key in valid_optim_args(cls)]
     if not owners:
         return ""

@@ -1,7 +1,7 @@
-"""Makes the optimizers' names known to transformers.
+"""Register the names of the optimizers with transformers.
 
 ``TrainingArguments.optim`` is a closed enum and Trainer's table of optimizers is private, so :func:`register` extends
-both in place, and fails loudly where a release has moved them.
+both in place, and raises an error if a release has moved them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _optimizer_cls_and_kwargs(
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """What Trainer needs to build the optimizer that ``args.optim`` names.
 
-    ``switch_fraction`` and ``release_gradients`` are not among it: :class:`DualAdamCallback` sees to them when Trainer
+    ``switch_fraction`` and ``release_gradients`` are not included: :class:`DualAdamCallback` handles them when Trainer
     knows its number of steps and its model.
     """
     optimizer_cls = OPTIMIZERS[args.optim]
@@ -44,11 +44,11 @@ def _optimizer_cls_and_kwargs(
 def register() -> None:
     """Make ``TrainingArguments(optim="dualadam")`` and ``"invadam"`` valid, here and on the command line.
 
-    Done by importing hf_dualadam; may be called any number of times. An argument parser built earlier does not know
-    the names: import first.
+    Importing hf_dualadam calls this function; it may be called any number of times. Argument parsers created earlier
+    do not know the names, so import first.
 
     Raises:
-        ImportError: this release of transformers has no place for foreign optimizers that we know of.
+        ImportError: this release of transformers has none of the hooks we use to register an optimizer.
     """
     try:
         for name in OPTIMIZERS:
@@ -63,7 +63,7 @@ def register() -> None:
 
 
 def _extend_enum(cls: Any, name: str, value: str) -> None:
-    """Add a member to an enum in place; a member of that value stays as it is."""
+    """Add a member to an enum in place; an existing member of that value is kept."""
     if value in cls._value2member_map_:
         return
     member = str.__new__(cls, value)
@@ -75,7 +75,7 @@ def _extend_enum(cls: Any, name: str, value: str) -> None:
     cls._member_names_.append(name)
     cls._member_map_[name] = member
     cls._value2member_map_[value] = member
-    if value not in getattr(cls, "_hashable_values_", [value]):  # newer Pythons look here for `value in cls`
+    if value not in getattr(cls, "_hashable_values_", [value]):  # used by `value in cls` from Python 3.12 on
         cls._hashable_values_.append(value)
     type.__setattr__(cls, name, member)
 
@@ -112,8 +112,8 @@ def _wrap_trainer_method() -> None:
 def _add_callback() -> None:
     """Give every Trainer a :class:`DualAdamCallback`.
 
-    It goes first in the list, so that the reporting integrations after it see what it adds to the logs; Trainer's own
-    list of default callbacks would do as well, but importing it costs 4 seconds.
+    It is the first in the list, so that the reporting integrations after it see what it adds to the logs. Trainer's
+    list of default callbacks would work as well, but importing it takes 4 seconds.
     """
     handler_cls: Any = trainer_callback.CallbackHandler
     original = handler_cls.__init__
@@ -133,7 +133,7 @@ def _add_callback() -> None:
 
 
 def _tell_callback(trainer_cls: Any) -> None:
-    """Let Trainer tell the callback two things that callbacks are not told: the planned steps, and the item count."""
+    """Pass two values to the callback that Trainer does not pass to callbacks: planned steps and item count."""
     create_scheduler, training_step = trainer_cls.create_scheduler, trainer_cls.training_step
     if hasattr(create_scheduler, "_knows_dualadam"):
         return

@@ -428,11 +428,11 @@ def test_checkpoints_of_adamw_and_back_are_noticed(tmp_path, caplog):
             assert _optimizer(trainer).param_groups[0]["switch_rate"] == pytest.approx(1 / 6)
         else:
             _train(tmp_path / other, resume=checkpoint, optim=other)
-    assert "continues with AdamW from a checkpoint of DualAdam: it takes over moments and step counts" in caplog.text
+    assert "continues with AdamW from a checkpoint of DualAdam: it keeps moments and step counts" in caplog.text
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
     sgd.param_groups[0]["optimizer"] = "DualAdam"  # as torch loads it
     DualAdamCallback().on_train_begin(_arguments(tmp_path, optim="sgd"), None, None, optimizer=sgd)
-    assert "continues with SGD from a checkpoint of DualAdam: it has no use for their moments" in caplog.text
+    assert "continues with SGD from a checkpoint of DualAdam: it does not use their moments" in caplog.text
 
 
 def test_checkpoint_loads_without_the_package(tmp_path):
@@ -505,7 +505,7 @@ def test_an_optimizer_handed_over_instead_of_the_one_named_is_said(tmp_path, cap
     model = TinyModel()
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
     Trainer(model, _arguments(tmp_path), train_dataset=_data(), optimizers=(sgd, None)).train()
-    assert "optim=dualadam is not used: this Trainer was given an optimizer of its own, SGD." in caplog.text
+    assert "optim=dualadam is not used: this Trainer was created with another optimizer, SGD." in caplog.text
 
 
 def test_adamw_runs_are_left_alone(tmp_path):
