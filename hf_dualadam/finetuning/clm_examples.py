@@ -34,10 +34,12 @@ def read_text(path: Path, *, keep_linebreaks: bool = True) -> Table:
         raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     parts = [part.strip("\n") for part in re.split(r"\n[ \t]*\n", content)]
     parts = [part for part in parts if part.strip()]
+    apart = "blank lines"
     if len(parts) == 1:
-        parts = [line for line in parts[0].split("\n") if line.strip()]
+        parts, apart = [line for line in parts[0].split("\n") if line.strip()], "line breaks"
     if not parts:
         raise InputError(f"{path}: holds no text")
+    logger.info(f"{path}: {len(parts)} {'texts' if len(parts) > 1 else 'text'}, separated by {apart}")
     return Table(str(path), {"text": parts if keep_linebreaks else [" ".join(part.split("\n")) for part in parts]})
 
 

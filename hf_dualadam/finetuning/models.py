@@ -155,7 +155,8 @@ def adapter_base(args: ModelArguments) -> str | None:
         InputError: it is an adapter, and PEFT is not installed.
     """
     folder = Path(args.model_name_or_path or "")
-    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+    whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")] if args.model_name_or_path else []
+    if whole or not (folder / ADAPTER_CONFIG).is_file():
         return None
     with loading("model_name_or_path", str(folder)):
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")

@@ -178,7 +178,8 @@ def _say_what_is_left(name: str, whole: Dataset, left: Dataset, max_length: int 
 
 
 def _count_targets(dataset: Dataset) -> int:
-    return sum(sum(label >= 0 for label in labels[1:]) for labels in dataset["labels"])
+    batches = dataset.select_columns("labels").with_format("numpy").iter(1000)
+    return sum(int((labels[1:] >= 0).sum()) for batch in batches for labels in batch["labels"])
 
 
 def _shortest(dataset: Dataset, lengths: list[int]) -> int | None:

@@ -36,7 +36,13 @@ TRAIN_EVAL = "train_eval"
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 LOCK = ".run.lock"  # held by the process that writes to the output folder; the file stays
 RUN_FILES = ("checkpoint-*", "*_results.json", "predict_results_*.txt", TRAINER_STATE, "training_args.bin")
-RUN_FILES += ("model*.safetensors", "pytorch_model*.bin", "adapter_model*", "learning_curves.png")
+RUN_FILES += (
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model*",
+    "adapter_config.json",
+    "learning_curves.png",
+)
 
 
 @dataclass

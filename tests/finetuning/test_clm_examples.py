@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 from tiny import FAST, load_script, read_json, write_rows
 
 pytest.importorskip("trl", reason="the extra [clm] is not installed")
@@ -15,6 +16,7 @@ from hf_dualadam.finetuning.tables import Table  # noqa: E402
 from hf_dualadam.finetuning.training import make_trainer  # noqa: E402
 
 MODEL = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+MODEL |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TEMPLATE = (
     "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}"
     "{% if tools %}tools {{ tools | length }} {% endif %}{% if mood %}mood {{ mood }} {% endif %}"
@@ -54,6 +56,7 @@ def trainer_of(tmp_path, tokenizer, rows, held_out=None, *options, ending="jsonl
     *own, args = parse((*kind.argument_classes, kind.training_arguments), argv, defaults=script.defaults)
     args.output_dir = str(tmp_path / "out")
     task = kind.build(*own, training_args=args, splits=["train", "validation"])
+    torch.manual_seed(0)
     return make_trainer(task, args, task.build_model())
 
 
@@ -197,6 +200,24 @@ def test_blocks_are_for_plain_texts(tmp_path, tokenizer):
         trainer_of(tmp_path, tokenizer, [{"prompt": "a", "completion": "b"}] * 3, None, "--block_size", "8")
     with pytest.raises(InputError, match="block_size: only for plain texts that are joined"):
         trainer_of(tmp_path, tokenizer, [{"text": "a"}] * 3, None, "--block_size", "8", "--packing", "false")
+
+
+def test_micro_batches_give_the_loss_and_gradient_of_the_whole(tmp_path, tokenizer):
+    rows = [{"text": "x" * (5 + 6 * n)} for n in range(8)]
+    logs = []
+    for per_device, accumulation in ((8, 1), (2, 4), (3, 3)):
+        options = ["--packing", "false", "--max_steps", "1", "--logging_steps", "1", "--max_grad_norm", "0.5"]
+        options += [
+            "--per_device_train_batch_size",
+            str(per_device),
+            "--gradient_accumulation_steps",
+            str(accumulation),
+        ]
+        trainer = trainer_of(tmp_path, tokenizer, rows, rows[:1], *options, "--eval_strategy", "no")
+        trainer.train()
+        logs.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
+    for name in ("loss", "grad_norm", "inverse_share"):
+        assert [log[name] for log in logs] == pytest.approx([logs[0][name]] * 3, rel=1e-3), name
 
 
 def test_new_models_hold_all_tokens(tmp_path, tokenizer):
