@@ -404,7 +404,7 @@ def test_weights_that_are_not_finite_stay_so(dtype, bits):
         assert not param.isfinite().any() and not read_weight(param, correction).isfinite().any()
 
 
-@pytest.mark.parametrize("options", [PATHS["single"], PATHS["foreach"]], ids=["single", "foreach"])
+@every_path
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_bfloat16_with_32_bits_trains_bit_for_bit_like_float32(state_bits, options):
     wide, set_grads = _problem()

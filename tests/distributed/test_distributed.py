@@ -12,6 +12,12 @@ def test_sharded_parameters(check):
     assert result == "ok", result
 
 
+@pytest.mark.parametrize("check", checks("state_checks"))
+def test_states_in_fewer_bits(check):
+    result = outcomes("state_checks")[check]
+    assert result == "ok", result
+
+
 @pytest.mark.parametrize("check", checks("trainer_checks"))
 def test_trainer_and_accelerate(check):
     result = outcomes("trainer_checks", launcher="torchrun", ACCELERATE_USE_CPU="true")[check]
