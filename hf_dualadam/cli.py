@@ -1,7 +1,7 @@
 """Run anyone's script with ``--optim dualadam`` and ``--optim invadam`` known to Trainer, or describe the environment.
 
 The script gets what plain Python would give it: its own ``__main__`` module, ``sys.argv``, ``sys.path[0]``, exit codes
-and tracebacks. Processes that it starts by multiprocessing know the optimizers too.
+and tracebacks. Python processes that it starts know the optimizers too, however it starts them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import argparse
 import importlib.metadata
 import importlib.util
 import io
-import multiprocessing.spawn
 import os
 import platform
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -24,8 +24,10 @@ import torch
 
 import hf_dualadam
 
-from . import kernels
+from . import kernels, startup
 from .extras import require_or_exit
+from .optimizers import OPTIMIZERS
+from .startup.sitecustomize import RegisterFirst
 
 PACKAGES = (
     "torch",
@@ -43,13 +45,16 @@ PACKAGES = (
 ExceptionHook = Callable[[type[BaseException], BaseException, "types.TracebackType | None"], object]
 
 USAGE = """\
-hf-dualadam SCRIPT.py [ARGS...]     run a script, as python SCRIPT.py does
-       hf-dualadam -m MODULE [ARGS...]     run a module, as python -m MODULE does
-       hf-dualadam compare PLAN.yaml       compare optimizers; --help lists its options
-       hf-dualadam env                     print versions, paths and kernels, for bug reports"""
+hf-dualadam [--optim NAME [--optim_args ARGS]] SCRIPT.py [ARGS...]    run a script, as python SCRIPT.py does
+       hf-dualadam [--optim NAME [--optim_args ARGS]] -m MODULE [ARGS...]    run a module, as python -m MODULE does
+       hf-dualadam [--optim NAME [--optim_args ARGS]] COMMAND [ARGS...]      run a command, such as trl or torchrun
+       hf-dualadam compare PLAN.yaml    compare optimizers; --help lists its options
+       hf-dualadam env                  print versions, paths and kernels, for bug reports"""
 DESCRIPTION = """\
 Runs an unmodified script with DualAdam and InvAdam registered, so that every script which reads
-TrainingArguments from its command line takes --optim dualadam and --optim invadam."""
+TrainingArguments from its command line takes --optim dualadam and --optim invadam. Python processes
+that it starts know the names too, and timm's train.py takes --opt dualadam. Scripts that set optim
+themselves are reached by --optim before the script."""
 EPILOG = """\
 python -m hf_dualadam is the same command; with several processes:
 accelerate launch -m hf_dualadam SCRIPT.py [ARGS...]"""
@@ -71,11 +76,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"hf_dualadam {hf_dualadam.__version__}")
     parser.add_argument("-m", dest="module", action="store_true", help="the target is the name of a module")
-    parser.add_argument("target", help="script, module, or a word: compare or env (./env for a script of that name)")
-    # Everything behind the target belongs to it, options like --version too.
-    argv = sys.argv[1:] if argv is None else argv
-    end = next((index for index, item in enumerate(argv) if not item.startswith("-")), len(argv)) + 1
-    args, rest = parser.parse_args(argv[:end]), argv[end:]
+    parser.add_argument("--optim", help="optimizer in place of the one that the script sets in its TrainingArguments")
+    parser.add_argument("--optim_args", help="its options, key=value,key=value; only with --optim")
+    parser.add_argument("target", help="script, module or command; compare and env are words of ours (./env is a script)")
+    own, rest = _split(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(own)
+    problem = _problem(args.optim, args.optim_args)
+    if problem is not None:
+        parser.error(problem)
+    if args.optim is not None and not args.module and args.target in ("compare", "env"):
+        parser.error(f"--optim is for scripts, not for {args.target}")
+    startup.reach_children(os.environ, args.optim, args.optim_args)
     if args.module:
         run_module(args.target, rest)
     elif args.target == "compare":
@@ -87,8 +98,45 @@ def main(argv: list[str] | None = None) -> None:
         if rest:
             parser.error(f"env takes no arguments, got {' '.join(rest)}")
         print(describe_environment())
+    elif _is_command(args.target):
+        os.execvp(args.target, [args.target, *rest])
     else:
         run_script(args.target, rest)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The launcher's own arguments, target included, and those of the target, which may look alike."""
+    end = 0
+    while end < len(argv) and argv[end].startswith("-"):
+        end += 2 if argv[end] in ("--optim", "--optim_args") else 1
+    return argv[: end + 1], argv[end + 1 :]
+
+
+def _problem(optim: str | None, optim_args: str | None) -> str | None:
+    """Say what is wrong with the launcher's --optim and --optim_args, before anything is started."""
+    if optim is None:
+        return None if optim_args is None else "--optim_args needs --optim"
+    try:
+        from transformers.training_args import OptimizerNames
+
+        from .trainer import parse_optim_args
+    except ModuleNotFoundError as error:
+        return f"--optim needs {error.name}, which is not installed"
+    names = [name.value for name in OptimizerNames]
+    if optim not in names:
+        others = sorted(set(names) - OPTIMIZERS.keys())
+        return f"Invalid --optim: {optim} - should be one of {', '.join([*OPTIMIZERS, *others])}."
+    if optim in OPTIMIZERS:
+        try:
+            parse_optim_args(optim_args, OPTIMIZERS[optim])
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def _is_command(target: str) -> bool:
+    """Whether this is no file but the name of a program, such as torchrun."""
+    return os.path.basename(target) == target and not os.path.exists(target) and shutil.which(target) is not None
 
 
 def run_script(path: str, args: list[str]) -> None:
@@ -160,7 +208,9 @@ def _run_as_main(code: bytes | types.CodeType, argv: list[str], namespace: dict[
     module.__dict__.update(namespace)
     sys.modules["__main__"] = module
     sys.argv = argv
-    register_in_children()
+    sys.meta_path.insert(0, RegisterFirst())  # for timm
+    if startup.OPTIM in os.environ:
+        hf_dualadam.register()  # again, now that it is set
     sys.excepthook = _hide_own_frames(sys.excepthook)
     if isinstance(code, bytes):
         code = compile(code, namespace["__file__"], "exec", dont_inherit=True)
@@ -185,31 +235,6 @@ def _set_first_path(folder: str) -> None:
     """Put the target's folder where Python put the one of this command; with -P or -I there is none."""
     if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         sys.path[0] = folder
-
-
-class _RegisterWhenUnpickled:
-    """Registers the optimizers in the process that unpickles it."""
-
-    def __reduce__(self) -> Any:
-        return register_in_children, ()
-
-
-def register_in_children() -> None:
-    """Let the processes that multiprocessing spawns from here on, and those that they spawn, register too.
-
-    A spawned process starts without this command: all it gets is a pickled description of its parent, before it
-    imports the parent's script. So the description carries an object which registers as it is unpickled.
-    """
-    spawn: Any = multiprocessing.spawn
-    describe_parent = spawn.get_preparation_data
-    if getattr(describe_parent, "registers_dualadam", False):
-        return
-
-    def describe_parent_and_register(name: str) -> dict[str, Any]:
-        return describe_parent(name) | {"hf_dualadam": _RegisterWhenUnpickled()}
-
-    describe_parent_and_register.registers_dualadam = True  # type: ignore[attr-defined]
-    spawn.get_preparation_data = describe_parent_and_register
 
 
 def describe_environment() -> str:

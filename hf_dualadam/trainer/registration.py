@@ -20,6 +20,7 @@ from ..optimizers import OPTIMIZERS
 from .callback import DualAdamCallback
 from .loss_scaling import CountWitness, can_witness, loss_factor, loss_factor_message
 from .optim_args import parse_optim_args
+from .overriding import override_from_environment
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def register() -> None:
             _extend_enum(training_args.OptimizerNames, name.upper(), name)
         _add_handlers()
         _add_callback()
+        override_from_environment()
     except (AttributeError, TypeError, ImportError) as error:
         raise ImportError(
             f"hf_dualadam cannot register its optimizers with transformers {transformers.__version__} ({error}): "

@@ -86,7 +86,7 @@ def main():
     queue = context.Queue()
     process = context.Process(target=in_child, args=(Data(), queue))
     process.start()
-    print("child:", queue.get(timeout=200))
+    print("child:", queue.get(timeout=60))
     process.join()
 
 
@@ -94,14 +94,15 @@ if __name__ == "__main__":
     main()
 """
 
-# The same for a module; the optimizers are looked for without importing what would take seconds.
+# The same for a module.
 SPAWNING_TOOL = """
 import multiprocessing
-import sys
 
 
 def in_child(queue):
-    queue.put((__name__, __package__, "hf_dualadam.trainer" in sys.modules))
+    from transformers import TrainingArguments
+
+    queue.put((__name__, __package__, TrainingArguments("unused", optim="invadam", use_cpu=True).optim.value))
 
 
 if __name__ == "__main__":
@@ -109,13 +110,22 @@ if __name__ == "__main__":
     queue = context.Queue()
     process = context.Process(target=in_child, args=(queue,))
     process.start()
-    print(*queue.get(timeout=200))
+    print(*queue.get(timeout=60))
     process.join()
 """
 
 
-def run(command, cwd):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+@pytest.fixture(autouse=True)
+def environment():
+    """What the launcher changes in the environment is for its process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def run(command, cwd, PYTHONPATH=None):
+    path = os.pathsep.join(filter(None, [str(ROOT), PYTHONPATH]))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
@@ -220,7 +230,104 @@ def test_processes_spawned_by_a_module_target_know_the_optimizers(tmp_path):
     (tmp_path / "package" / "__init__.py").touch()
     (tmp_path / "package" / "tool.py").write_text(SPAWNING_TOOL)
     result = run([*LAUNCHER, "-m", "package.tool"], tmp_path)
-    assert result.stdout.split() == ["__mp_main__", "package", "True"], result.stderr
+    assert result.stdout.split() == ["__mp_main__", "package", "invadam"], result.stderr
+
+
+# Every other way to start a Python process; each prints the optimizer of a TrainingArguments of its own.
+CHILD = """
+import sys
+
+from {first_import}
+from transformers import TrainingArguments
+
+print(sys.argv[1], TrainingArguments("unused", optim="invadam", use_cpu=True).optim.value)
+"""
+FIRST_IMPORTS = {
+    "args": "transformers import TrainingArguments",
+    "callback": "transformers import TrainerCallback",
+    "ours": "hf_dualadam import DualAdam",
+}
+PARENT = """
+import os
+import subprocess
+import sys
+
+print("sitecustomize of this environment:", getattr(sys.modules.get("sitecustomize"), "name", None), flush=True)
+for name in sys.argv[1:]:
+    subprocess.run([sys.executable, f"{name}.py", name], check=True)
+subprocess.run([sys.executable, "-c", "import sys, sitecustomize; print('chained', sitecustomize.name, sys.path)"])
+subprocess.run([sys.executable, "-S", "-c", "print('without site')"], check=True)
+subprocess.run([sys.executable, "-I", "-c", "import json; print('isolated')"], check=True)
+subprocess.run([sys.executable, "-c", "import sys; print('unrelated', 'torch' in sys.modules)"])
+sys.stdout.flush()
+os.execv(sys.executable, [sys.executable, "args.py", "exec"])
+"""
+
+
+def test_children_know_the_optimizers_however_they_are_started(tmp_path):
+    for name, first_import in FIRST_IMPORTS.items():
+        (tmp_path / f"{name}.py").write_text(CHILD.format(first_import=first_import))
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text("name = 'own'\n")
+    result = run([*LAUNCHER, "parent.py", *FIRST_IMPORTS], tmp_path, PYTHONPATH=str(tmp_path / "own"))
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    first, *lines = result.stdout.splitlines()
+    assert first == "sitecustomize of this environment: own"
+    plain = run([sys.executable, "-c", "import sys; print(sys.path)"], tmp_path, PYTHONPATH=str(tmp_path / "own"))
+    assert lines == [
+        *(f"{name} invadam" for name in FIRST_IMPORTS),
+        f"chained own {plain.stdout.strip()}",
+        "without site",
+        "isolated",
+        "unrelated False",
+        "exec invadam",
+    ]
+
+
+FIXED_SCRIPT = """
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+
+@dataclass
+class Own(TrainingArguments):
+    def __post_init__(self):
+        super().__post_init__()
+
+
+for cls in (TrainingArguments, Seq2SeqTrainingArguments, Own):
+    args = cls("unused", optim="adamw_torch", optim_args="fused=true", use_cpu=True)
+    print(cls.__name__, args.optim.value, args.optim_args, flush=True)
+if len(sys.argv) < 2:
+    subprocess.run([sys.executable, __file__, "child"], check=True)
+"""
+
+
+def test_optim_before_the_script_replaces_what_the_script_sets(tmp_path):
+    (tmp_path / "fixed.py").write_text(FIXED_SCRIPT)
+    options = ["--optim", "dualadam", "--optim_args", "switch_fraction=0.3"]
+    result = run([*LAUNCHER, *options, "fixed.py"], tmp_path)
+    names = ("TrainingArguments", "Seq2SeqTrainingArguments", "Own")
+    assert result.stdout.splitlines() == [f"{name} dualadam switch_fraction=0.3" for name in 2 * names], result.stderr
+    line = (
+        "hf-dualadam: optim=dualadam, optim_args=switch_fraction=0.3 instead of the script's optim=adamw_torch, "
+        "optim_args=fused=true"
+    )
+    assert result.stderr.splitlines() == [line, line]  # once per process
+    plain = run([*LAUNCHER, "fixed.py", "child"], tmp_path)
+    assert plain.stdout.splitlines() == [f"{name} adamw_torch fused=true" for name in names] and not plain.stderr
+
+
+def test_a_command_is_run_with_the_optimizers_known_to_what_it_starts(tmp_path):
+    (tmp_path / "fixed.py").write_text(FIXED_SCRIPT)
+    (tmp_path / "train.sh").write_text(f"{sys.executable} fixed.py child\n")
+    result = run([*LAUNCHER, "--optim=invadam", "bash", "train.sh"], tmp_path)
+    assert "TrainingArguments invadam None" in result.stdout.splitlines(), result.stderr
+    assert "instead of the script's optim=adamw_torch, optim_args=fused=true" in result.stderr
 
 
 def test_env_prints_versions_paths_and_kernels(capsys):
@@ -238,6 +345,12 @@ def test_env_prints_versions_paths_and_kernels(capsys):
         (["--fast", "x.py"], 2, "unrecognized arguments: --fast"),
         (["env", "x"], 2, "env takes no arguments, got x"),
         (["missing.py"], 2, "can't open file"),
+        (["--optim", "adm", "x.py"], 2, "Invalid --optim: adm - should be one of dualadam, invadam, adafactor"),
+        (["--optim"], 2, "expected one argument"),
+        (["--optim", "dualadam", "env"], 2, "--optim is for scripts, not for env"),
+        (["--optim_args", "switch_rate=1", "x.py"], 2, "--optim_args needs --optim"),
+        (["--optim", "dualadam", "--optim_args", "rate=1", "x.py"], 2, "Invalid optim_args: unknown key 'rate'"),
+        (["--optim", "dualadam"], 2, "required: target"),
     ],
 )
 def test_bad_calls_end_in_one_clear_error(argv, status, message, capsys):

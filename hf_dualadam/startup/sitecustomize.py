@@ -1,0 +1,87 @@
+"""Imported by Python at the start of a process under ``hf-dualadam``; see the package that it is in.
+
+Only the standard library, and no syntax of newer Pythons: any Python that finds ``PYTHONPATH`` runs this.
+"""
+
+import os
+import sys
+from importlib import machinery, util
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+# The first of these that is imported, before any of it has run: none of them is half done when it is registered with.
+ROOTS = {
+    "transformers.training_args": "hf_dualadam",
+    "transformers.trainer_callback": "hf_dualadam",
+    "transformers.trainer_optimizer": "hf_dualadam",
+    "transformers.trainer": "hf_dualadam",
+    "timm.optim": "hf_dualadam.timm",
+}
+
+
+class RegisterFirst:
+    """Finds no modules, but registers the optimizers before the modules that they are registered with are used."""
+
+    def __init__(self):
+        self.done = set()
+
+    def find_spec(self, name, path=None, target=None):
+        """Register if this is the first import that needs it; the module itself is then imported already."""
+        registering = ROOTS.get(name)
+        if registering is None or registering in self.done:
+            return None
+        self.done.add(registering)
+        if registering in sys.modules:  # it is being imported, and registers itself
+            return None
+        try:
+            __import__(registering)
+        except Exception as error:
+            sys.stderr.write(f"hf-dualadam: the optimizers are not known in this process: {error}\n")
+        module = sys.modules.get(name)
+        if module is not None:  # the import that asks goes on with the module's own spec, and would run it again
+            module.__spec__ = machinery.ModuleSpec(name, Imported(module), origin=module.__spec__.origin)
+        return getattr(module, "__spec__", None)
+
+
+class Imported:
+    """Loads a module that registering has imported already."""
+
+    def __init__(self, module):
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec):
+        """The module as it is."""
+        return self.module
+
+    def exec_module(self, module):
+        """Only put back what the import system has replaced."""
+        module.__spec__ = self.spec
+
+
+class FindPackage:
+    """Finds the package where it is not installed: in the checkout whose launcher has started the process."""
+
+    def find_spec(self, name, path=None, target=None):
+        """The package beside this folder."""
+        if name != "hf_dualadam":
+            return None
+        folder = os.path.dirname(HERE)
+        return util.spec_from_file_location(
+            name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
+        )
+
+
+def run_the_other():
+    """Run the sitecustomize that Python would have found without this one, in its place."""
+    spec = machinery.PathFinder.find_spec("sitecustomize")
+    if spec is not None and spec.loader is not None:
+        module = util.module_from_spec(spec)
+        sys.modules["sitecustomize"] = module
+        spec.loader.exec_module(module)
+
+
+if __name__ == "sitecustomize":
+    sys.path[:] = [entry for entry in sys.path if entry != HERE]
+    if sys.version_info >= (3, 10):  # noqa: UP036 - any Python may find this file
+        sys.meta_path.insert(0, RegisterFirst())
+        sys.meta_path.append(FindPackage())
+    run_the_other()
