@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-m", dest="module", action="store_true", help="the target is the name of a module")
     parser.add_argument("--optim", help="optimizer in place of the one that the script sets in its TrainingArguments")
     parser.add_argument("--optim_args", help="its options, key=value,key=value; only with --optim")
-    parser.add_argument("target", help="script, module or command; compare and env are words of ours (./env is a script)")
+    parser.add_argument(
+        "target", help="script, module or command; compare and env are words of ours (./env is a script)"
+    )
     own, rest = _split(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(own)
     problem = _problem(args.optim, args.optim_args)
