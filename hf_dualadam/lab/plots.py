@@ -95,17 +95,17 @@ def draw_all(
     )
     if any(differences.values()):
         caption = "Difference to each reference, paired by seed: mean and 95 % interval; right of 0 is better."
+        panels = {
+            f"{task}: to {reference}": ([d for pair, d in of_task.items() if pair[1] == reference], task)
+            for task, of_task in differences.items()
+            for reference in dict.fromkeys(pair[1] for pair in of_task)
+        }
         _panels(
             folder / "differences.png",
             caption,
-            {
-                f"{task}: to {reference}": (found, task)
-                for task, of_task in differences.items()
-                for reference in dict.fromkeys(pair[1] for pair in of_task)
-                if (found := [d for pair, d in of_task.items() if pair[1] == reference])
-            },
-            lambda axes, title, found: _forest(axes, found, metrics[title.partition(": to ")[0]]),
-            height=max(2.6, 0.32 * max(map(len, differences.values())) + 1.2),
+            panels,
+            lambda axes, title, found: _forest(axes, found, metrics[panels[title][1]]),
+            height=max(2.6, 0.32 * max(len(found) for found, _ in panels.values()) + 1.2),
         )
         captions["differences.png"] = caption
     rows(
@@ -284,17 +284,20 @@ def _panels(
         height: of a panel in inches.
         share_within_task: give the panels of a task the same vertical range.
     """
-    columns = min(PANELS_PER_ROW, len(parts))
-    rows = math.ceil(len(parts) / columns)
+    rows = math.ceil(len(parts) / PANELS_PER_ROW)
+    columns = math.ceil(len(parts) / rows)
     width = max(PANEL_WIDTH * columns, 6.4)
     figure = Figure(figsize=(width, height * rows + 0.6), layout="constrained", dpi=110)
     grid = figure.subplots(rows, columns, squeeze=False)
-    by_task: dict[str, Axes] = {}
+    by_task: dict[str, list[Axes]] = {}
     for axes, (title, (data, task)) in zip(grid.flat, parts.items(), strict=False):
         draw(axes, title, data)
         axes.set_title(title, fontsize=10)
-        if share_within_task:
-            axes.sharey(by_task.setdefault(task, axes)) if task in by_task else by_task.update({task: axes})
+        by_task.setdefault(task, []).append(axes)
+    for together in by_task.values() if share_within_task else ():
+        lows, highs = zip(*(axes.get_ylim() for axes in together), strict=True)
+        for axes in together:
+            axes.set_ylim(min(lows), max(highs))
     for axes in grid.flat[len(parts) :]:
         axes.remove()
     figure.suptitle(textwrap.fill(caption, int(13 * width)), fontsize=10)

@@ -118,6 +118,7 @@ class _Report:
     def _answer(self) -> Iterable[str]:
         if len(self.runs) < self.study["runs"]:
             yield f"**Not finished: {len(self.runs)} of {self.study['runs']} runs are in.**"
+        yield from self._summaries()
         verdicts = [
             f"- {optimizer} on {task}: {verdict(difference, self.metrics[task].scale, self.metrics[task].unit)}."
             for optimizer, setting in self.study["optimizers"].items()
@@ -136,6 +137,26 @@ class _Report:
                 f"**Choosing and scoring share one set** on {_list(shared)}: the script scores no other data, so the "
                 "learning rates were chosen on the data of the final score, which flatters all optimizers alike."
             )
+
+    def _summaries(self) -> Iterable[str]:
+        """One sentence per reference on what is shown of the optimizers with an inverse part."""
+        ours = [name for name, setting in self.study["optimizers"].items() if setting["has_inverse"]]
+        references = dict.fromkeys(reference for name in ours for reference in self.references[name])
+        for reference in references:
+            found = {
+                f"{name} on {task}": difference
+                for name in ours
+                for task in self.tasks
+                if (difference := self.differences[task].get((name, reference)))
+            }
+            better = [what for what, difference in found.items() if difference.significant and difference.mean > 0]
+            worse = [what for what, difference in found.items() if difference.significant and difference.mean < 0]
+            if found:
+                yield (
+                    f"**Against {reference}**, shown better: {_list(better) or 'none'}; shown worse: "
+                    f"{_list(worse) or 'none'}; not shown to differ: {len(found) - len(better) - len(worse)} of "
+                    f"{len(found)}."
+                )
 
     def _protocol(self) -> Iterable[str]:
         study, sharpness = self.study, self.study["sharpness"]

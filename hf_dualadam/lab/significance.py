@@ -133,7 +133,8 @@ def verdict(difference: Difference, scale: float = 100.0, unit: str = "points") 
         return f"**{word}** than {difference.reference} ({interval}, corrected p = {difference.p_corrected:.2g})"
     if margin == 0:
         return f"the same as {difference.reference} on every seed"
-    return f"within {_digits(margin)} {unit} of {difference.reference} with 95 % confidence ({interval})"
+    after = f", corrected p = {difference.p_corrected:.2g}"
+    return f"within {_digits(margin)} {unit} of {difference.reference} with 95 % confidence ({interval}{after})"
 
 
 def _digits(value: float) -> str:
