@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from tiny import glue_rows, save_bert, write_rows
 
 pytest.importorskip("optuna")
 pytest.importorskip("pytorch_optimizer")
@@ -255,3 +256,46 @@ def test_curves_and_shares_are_read_from_the_log():
         {"step": 100, "selection_loss": 1.5},
     ]
     assert _inverse_shares(curves, 100) == {"inverse_share_1pct": 0.5, "inverse_share_50pct": 0.1}
+
+
+def test_a_script_in_the_style_of_transformers_examples_with_data_of_its_own_for_the_score(tmp_path):
+    files = {
+        f"{split}_file": str(write_rows(tmp_path / f"{split}.csv", glue_rows(["sentence"], [0, 1], 12, seed)))
+        for seed, split in enumerate(("train", "validation", "test"))
+    }
+    arguments = {"model_name_or_path": str(save_bert(tmp_path / "bert")), **files}
+    arguments |= {"do_train": True, "do_eval": True, "do_predict": True, "max_steps": 3, "use_cpu": True}
+    comparison = make(
+        script=str(Path(SCRIPT).with_name("examples_style_script.py")),
+        arguments=arguments,
+        heldout_metric="predict_accuracy",
+    )
+    row, curves, folder = execute(comparison, tmp_path / "out")
+    results = json.loads((folder / "output" / "all_results.json").read_text())
+    assert row["status"] == "ok" and row["steps"] == 3 and row["seconds"] == results["train_runtime"]
+    assert row["selection_metric"] == results["eval_accuracy"] and row["selection_loss"] == results["eval_loss"]
+    assert row["heldout_metric"] == results["predict_accuracy"] and row["heldout_loss"] == results["predict_loss"]
+    assert not list(folder.rglob("*.safetensors"))
+
+
+def test_trls_sft_module(tmp_path):
+    pytest.importorskip("trl")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    data = [{"text": row["sentence"]} for row in glue_rows(["sentence"], [0], 12)]
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", data)
+    folder = save_bert(tmp_path / "model")  # for its tokenizer
+    for leftover in ("config.json", "model.safetensors"):
+        (folder / leftover).unlink()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, eos_token_id=3, pad_token_id=0, **sizes)).save_pretrained(folder)
+    arguments = {"model_name_or_path": str(folder), "dataset_name": str(tmp_path / "data"), "eos_token": "[SEP]"}
+    arguments |= {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "logging_steps": 1, "bf16": False}
+    arguments |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "gradient_checkpointing": False}
+    comparison = make(script=None, module="trl.scripts.sft", metric="eval_loss", arguments=arguments)
+    row, curves, _ = execute(comparison, tmp_path / "out")
+    assert row["status"] == "ok" and row["steps"] == 4
+    assert row["selection_metric"] == row["heldout_metric"] == row["heldout_loss"] > 0
+    assert [point["step"] for point in curves if "selection_loss" in point] == [2, 4]
+    assert comparison.tasks["plain"].scored_by == ("loss", False)
