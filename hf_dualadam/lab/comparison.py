@@ -128,10 +128,10 @@ class ScriptSetting:
         return Metric(self.metric.removeprefix("eval_"), direction)
 
     @property
-    def metric_keys(self) -> dict[str, str]:
-        """The script's names of the loss and the metric while it trains -> columns of the curves."""
-        keys = {"eval_loss": "selection_loss", self.metric: "selection_metric"}
-        return keys | {f"eval_{self.metric}": "selection_metric"}
+    def curve_columns(self) -> dict[str, tuple[str, ...]]:
+        """Columns of the curves -> the script's names for them while it trains."""
+        columns = {name: (name,) for name in ("loss", "alpha", "inverse_share")}
+        return columns | {"selection_loss": ("eval_loss",), "selection_metric": (self.metric, f"eval_{self.metric}")}
 
     def command_line(self) -> list[str]:
         """The arguments as words.

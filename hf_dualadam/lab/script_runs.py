@@ -16,7 +16,7 @@ from typing import Any
 
 from ..finetuning.config import InputError
 from .baselines import OptimizerSetting
-from .comparison import CURVE_COLUMNS, SHARE_POINTS, Comparison, RunSpec, ScriptSetting
+from .comparison import SHARE_POINTS, Comparison, RunSpec, ScriptSetting
 from .metric import Metric
 
 OUTPUT, RECORD, LOG = "output", "record.jsonl", "log.txt"
@@ -70,7 +70,7 @@ class ScriptRuns:
         row |= self._scores(metrics, final=spec.role == "final")
         row |= {"steps": metrics.get("steps"), "peak_memory_mb": metrics.get("peak_memory_mb")}
         row["seconds"] = metrics.get("train_runtime", seconds)
-        curves += _curves(lines, self.setting.metric_keys)
+        curves += _curves(lines, self.setting.curve_columns)
         row |= _inverse_shares(curves, row["steps"])
         scores = [row[key] for key in ("selection_metric", "selection_loss", "heldout_metric", "heldout_loss")]
         row["status"] = "ok" if all(math.isfinite(value) for value in scores if value is not None) else "diverged"
@@ -167,14 +167,18 @@ def _keep_metrics_only(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _curves(lines: list[dict[str, float]], keys: dict[str, str]) -> list[dict[str, float]]:
+def _curves(lines: list[dict[str, float]], columns: dict[str, tuple[str, ...]]) -> list[dict[str, float]]:
     """The logged numbers by column of ``CURVE_COLUMNS``; one dict for each step."""
     by_step: dict[int, dict[str, float]] = {}
     for line in lines:
-        kept = {keys.get(name, name): value for name, value in line.items()}
-        kept = {name: float(f"{v:.5g}") for name, v in kept.items() if name in CURVE_COLUMNS and math.isfinite(v)}
-        if len(kept) > 1:
-            by_step.setdefault(line["step"], {}).update(kept | {"step": line["step"]})
+        kept = {
+            column: float(f"{line[name]:.5g}")
+            for column, names in columns.items()
+            for name in names
+            if math.isfinite(line.get(name, math.nan))
+        }
+        if kept:
+            by_step.setdefault(line["step"], {"step": line["step"]}).update(kept)
     return list(by_step.values())
 
 

@@ -249,11 +249,11 @@ def test_killed_and_continued_and_shared_by_two_processes(tmp_path):
 def test_curves_and_shares_are_read_from_the_log():
     lines = [{"step": 1, "loss": 2.0, "inverse_share": 0.5, "other": 1.0}, {"step": 1, "eval_loss": math.nan}]
     lines += [{"step": 50, "loss": 1.0, "inverse_share": 0.1}, {"step": 100, "eval_loss": 1.5}]
-    curves = _curves(lines, {"eval_loss": "selection_loss"})
+    curves = _curves(lines, make(metric="eval_loss").tasks["plain"].curve_columns)
     assert curves == [
         {"step": 1, "loss": 2.0, "inverse_share": 0.5},
         {"step": 50, "loss": 1.0, "inverse_share": 0.1},
-        {"step": 100, "selection_loss": 1.5},
+        {"step": 100, "selection_loss": 1.5, "selection_metric": 1.5},
     ]
     assert _inverse_shares(curves, 100) == {"inverse_share_1pct": 0.5, "inverse_share_50pct": 0.1}
 
