@@ -99,7 +99,7 @@ def release_gradients(model: Module, optimizer: Optimizer) -> GradientRelease:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, MomentOptimizer):
         raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} - should be DualAdam or InvAdam.")
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     problem = _problem(model, optimizer, names)
     if scaler is not None:
         problem = "loss scaling (GradScaler, fp16) divides by the scale after the backward pass; use bf16"
