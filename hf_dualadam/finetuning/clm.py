@@ -35,19 +35,18 @@ class ClmArguments(DataArguments):
     """Texts or prompts with completions, tokenizer and samples."""
 
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "Without held-out examples: hold out so many percent of the training examples."}
+        default=5,
+        metadata={"help": "Percentage of the training examples to hold out where there are no held-out examples."},
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "By default the model's."})
     new_tokenizer_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Train a byte-level BPE tokenizer of so many tokens on the training texts, for a new model."
-        },
+        metadata={"help": "Train a byte-level BPE tokenizer with N tokens on the training texts, for a new model."},
     )
     use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a tokenizer of the tokenizers library."})
     block_size: int | None = field(
         default=None,
-        metadata={"help": "Join texts into blocks of so many tokens; by default max_length, capped by the model."},
+        metadata={"help": "Join texts into blocks of N tokens; by default max_length, at most what the model takes."},
     )
     join_texts: bool | None = field(
         default=None,
@@ -60,7 +59,7 @@ class ClmArguments(DataArguments):
     generation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts of the samples; by default from held-out examples."}
     )
-    generation_samples: int = field(default=3, metadata={"help": "So many samples after training and evaluation."})
+    generation_samples: int = field(default=3, metadata={"help": "Number of samples after training and evaluation."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length of a sample in tokens."})
 
     def __post_init__(self):
@@ -104,7 +103,7 @@ def build(
     """
     _check_model_arguments(model_args, trl_args)
     if "test" in splits:
-        raise InputError("do_predict: language models are not asked to predict; use generation_prompts")
+        raise InputError("do_predict: not for language models; use generation_prompts")
     from_hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     datasets, names = load_examples(args, set(splits), training_args.dataset_text_field, **from_hub)
     plain = all(isinstance(value, str | int) for value in next(iter(datasets.values()))[0].values())
@@ -187,7 +186,8 @@ def load_tokenizer(
     """The named tokenizer, the model's, or a new one.
 
     Raises:
-        InputError: there is none, it cannot be loaded, it has no end-of-text token, or nothing to train on is there.
+        InputError: no tokenizer is named, it cannot be loaded or has no end-of-text token, or there is no text to
+            train one on.
     """
     if args.new_tokenizer_size:
         texts = [name for name in train_dataset.column_names if name != ROW] if train_dataset is not None else []
@@ -234,7 +234,7 @@ def _check_model_arguments(model_args: ModelArguments, trl_args: ModelConfig) ->
         raise InputError(f"dtype: {trl_args.dtype!r} should be one of {', '.join(dtypes)}")
     if trl_args.use_peft and adapter_base(model_args):
         raise InputError(
-            f"use_peft: {model_args.model_name_or_path!r} is an adapter, whose training goes on without use_peft"
+            f"use_peft: {model_args.model_name_or_path!r} is already an adapter; leave out use_peft to go on with it"
         )
     quantized = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(trl_args, name)), None)
     if quantized and not model_args.model_name_or_path:

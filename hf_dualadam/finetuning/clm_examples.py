@@ -1,4 +1,4 @@
-"""Texts, prompts with completions, and chats for language models, as TRL wants them and checked row by row."""
+"""Texts, prompts with completions, and chats for language models, in TRL's columns and checked row by row."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ def read_text(path: Path, *, keep_linebreaks: bool = True) -> Table:
 
 
 def examples(table: Table, text_column: str) -> Dataset:
-    """The columns that say what is to be learned, the options of chats, and the rows' numbers.
+    """The columns to learn from, the options of chats, and the row numbers.
 
     Args:
         table: with prompt and completion, or messages, or ``text_column``; more columns are left out, and the log
@@ -94,7 +94,7 @@ def _check_chats(table: Table, column: str) -> None:
 
 
 def _option(table: Table, name: str) -> list[Any]:
-    """Tools as text, so that no column type changes them; options of the template with the same keys in all rows."""
+    """Tools as JSON text, since a column type would unify them; template options need the same keys in all rows."""
     values = list(table.columns[name])
     if name == "tools":
         return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]

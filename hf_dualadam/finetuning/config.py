@@ -38,7 +38,7 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
-# Those that have no place here: what to do instead. Where they are false or null they ask for nothing.
+# Options that do not exist here, and what to do instead. They are ignored where they are false or null.
 INSTEAD = {
     "streaming": "examples are read whole; max_train_samples takes fewer",
     "use_auth_token": "give token, or log in with `hf auth login`",
@@ -176,7 +176,7 @@ def run_main(main: Callable[[], Any]) -> None:
 
 
 def _show_information() -> None:
-    """Let one process of a job say on stderr what is used, skipped or left out; the others only warn."""
+    """Log to stderr what is used, skipped or left out, from one process of a job; the others log errors only."""
     ours = logging.getLogger("hf_dualadam")
     if ours.level == logging.NOTSET:
         ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
@@ -262,7 +262,7 @@ def _bridge_versions(values: dict[str, Any], hints: dict[str, Any]) -> dict[str,
 
 
 def _rename_options(argv: list[str], hints: dict[str, Any]) -> list[str]:
-    """Give options of Transformers' scripts our names; those that ask for nothing are left out."""
+    """Rename options of Transformers' scripts to ours; drop those that are false or null."""
     renamed: list[str] = []
     rest = iter(argv)
     for part in rest:
@@ -308,7 +308,7 @@ def _read_config(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
 
 
 def _truth(value: Any, hint: Any) -> Any:
-    """YAML 1.1's yes, no, on and off, where true or false is needed and text is not."""
+    """Read yes, no, on and off as YAML 1.1 does, where a boolean is needed."""
     if isinstance(value, str) and bool in _options(hint) and str not in _options(hint):
         return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     return value

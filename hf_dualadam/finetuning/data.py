@@ -41,7 +41,7 @@ class DataArguments:
     )
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first N examples."})
     overwrite_cache: bool = field(
-        default=False, metadata={"help": "Changes nothing: examples are prepared anew in every run."}
+        default=False, metadata={"help": "No effect: every run prepares its examples again."}
     )
 
     def __post_init__(self):

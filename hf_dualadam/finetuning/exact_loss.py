@@ -1,4 +1,4 @@
-"""Losses that do not depend on how a batch is cut up into micro-batches and processes.
+"""Losses that do not depend on how a batch is split into micro-batches and among processes.
 
 Transformers 5's Trainer assumes of every model whose ``forward`` accepts ``**kwargs`` that it divides its loss by the
 number of items in the whole batch (``model_accepts_loss_kwargs``). Causal language models do. Classification heads
@@ -14,10 +14,10 @@ from transformers.trainer_pt_utils import find_batch_size
 
 
 class ExactEvaluation(Trainer):
-    """Evaluates every example once, on any number of processes, and weights batches by what their mean is over.
+    """Counts every example once on any number of processes, and weights batches by their number of items.
 
-    The last batches are filled up with examples from the beginning where they do not divide among the processes; the
-    loss of those does not count. A subclass says what a loss is the mean over.
+    Where the examples do not divide among the processes, the last batches are padded with examples from the start of
+    the data; their loss does not count. A subclass defines what an item is.
 
     Attributes:
         evaluated_items: number of items in the latest evaluation.
@@ -28,7 +28,7 @@ class ExactEvaluation(Trainer):
     evaluated_examples: int | None = None
 
     def items(self, inputs: dict[str, Any]) -> int:
-        """The number of items whose mean loss the model returns: examples, here."""
+        """The number of items over which the model averages its loss: examples, here."""
         return find_batch_size(inputs)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
@@ -43,12 +43,12 @@ class ExactEvaluation(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Trainer's step, which also adds the batch to the sums."""
+        """Trainer's step; also adds the batch to the sums."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if loss is None:
             return loss, logits, labels
         counted, rows = inputs, find_batch_size(inputs)
-        if self._filled_up():  # the same on every process, as sharded models need all of them for a forward pass
+        if self._is_padded():  # on every process alike: sharded models need all of them for a forward pass
             size = rows
             rows = min(max(self.accelerator.gradient_state.remainder - self.accelerator.process_index * size, 0), size)
             counted = {name: _first(value, max(rows, 1), size) for name, value in inputs.items()}
@@ -64,16 +64,16 @@ class ExactEvaluation(Trainer):
         return loss, logits, labels
 
     def count(self, inputs: dict[str, Any]) -> None:
-        """Called with each evaluated batch, without the examples that only fill it up."""
+        """Called with each evaluated batch, without padding examples."""
 
-    def _filled_up(self) -> bool:
-        """Whether examples from the beginning fill up the batches of all processes, which are the last ones."""
+    def _is_padded(self) -> bool:
+        """Whether this is the last batch of all processes and padded with repeated examples."""
         state = self.accelerator.gradient_state
         return self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0
 
 
 class ClassifierTrainer(ExactEvaluation):
-    """Trains with the mean loss over the examples of the whole batch, however it is cut up.
+    """Trains with the mean loss over the examples of the whole batch, however it is split.
 
     For models whose loss is the mean over the examples they are given. A micro-batch counts by its number of examples.
     """
@@ -89,7 +89,7 @@ class ClassifierTrainer(ExactEvaluation):
         return batches, self.accelerator.reduce(examples, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss; in training, times the micro-batch's share of the examples over an equal share."""
+        """The model's loss; in training, scaled by the micro-batch's number of examples over the mean number."""
         examples = find_batch_size(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if num_items_in_batch is not None:  # Trainer and the processes then take the mean over the parts

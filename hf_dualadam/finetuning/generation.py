@@ -1,4 +1,4 @@
-"""Samples of a trained language model; what cannot be shown is skipped and said, and never fails the run."""
+"""Samples of a trained language model; what cannot be shown is skipped with a warning and never fails the run."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ def generate_samples(
     Args:
         run: a finished run of a language model.
         prompts: by default from held-out examples.
-        samples: at most so many held-out examples; 0 for no samples without ``prompts``.
+        samples: number of held-out examples at most; 0 for none (``prompts`` are used all the same).
         max_new_tokens: length of a completion in tokens.
 
     Returns:
@@ -73,10 +73,10 @@ def _complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_n
 
 
 def prompt_and_reference(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Where a sample starts, and what the held-out example has there.
+    """Split a held-out example into a prompt and the reference completion.
 
     Raises:
-        ValueError: the example has nothing to start from.
+        ValueError: the example has an empty prompt.
     """
     if "messages" in row:
         row = row | {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}

@@ -219,7 +219,7 @@ def _text_columns(table: Table, label_column: str) -> list[str]:
     """The usual text columns, or the first two that hold text; the choice is logged.
 
     Raises:
-        InputError: there is none.
+        InputError: no column holds text.
     """
     usual = [["sentence1", "sentence2"], ["sentence"], ["text"]]
     columns = next((names for names in usual if set(names) <= set(table.columns)), None)

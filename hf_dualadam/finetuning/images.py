@@ -47,7 +47,8 @@ class ImageArguments(DataArguments):
     image_column_name: str | None = field(default=None, metadata={"help": "By default the first column of images."})
     label_column_name: str = field(default="label", metadata={"help": "The column of the classes."})
     eval_split: str = field(
-        default="validation", metadata={"help": "Which split is held out; test where there is no other, as in CIFAR."}
+        default="validation",
+        metadata={"help": "Which split to evaluate on; use test for data sets without a validation split (CIFAR)."},
     )
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the training images held out where there is no eval_split."}
@@ -132,11 +133,11 @@ def build(
     Args:
         args: images and augmentation.
         model_args: the model, pretrained or a configuration.
-        training_args: not needed; any kind of task is given them.
+        training_args: not used; every kind of task receives them.
         splits: which of train, validation and test are needed.
 
     Raises:
-        InputError: images or model cannot be had, or hold something unexpected.
+        InputError: images or model cannot be loaded, or hold something unexpected.
     """
     sources = _load_splits(args, model_args, set(splits))
     config = load_config(model_args)
@@ -261,7 +262,7 @@ def _label_table(source: Images, column: str) -> Table:
 
 
 def _load_processor(name: str | None, args: ModelArguments, config: PretrainedConfig, image_size: int | None) -> Any:
-    """The one named, the pretrained model's, or a plain one for a new model: its size, values from -1 to 1."""
+    """The one named, the pretrained model's, or for a new model a plain one: its size, values from -1 to 1."""
     own_size = getattr(config, "image_size", None)
     if image_size is not None and (args.model_name_or_path or own_size is not None):
         raise InputError("image_size: only for a new model whose configuration has none; this one has its own")

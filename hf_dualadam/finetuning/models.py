@@ -58,7 +58,7 @@ class ModelArguments:
         default=False, metadata={"help": "Run code that comes with a model on the hub. Only for sources you trust."}
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start the head anew where its size in the checkpoint does not fit the task."}
+        default=False, metadata={"help": "Reinitialize the head if its size in the checkpoint does not fit the task."}
     )
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ def load_config(args: ModelArguments, **changes: Any) -> PretrainedConfig:
     """The model's configuration, with ``changes`` (labels, problem type) put in.
 
     Raises:
-        InputError: there is none, or ``model_config`` names an unknown model type or setting.
+        InputError: no model is named, or ``model_config`` has an unknown model type or setting.
     """
     if args.new_config:
         return _new_config(args, changes)
@@ -168,11 +168,11 @@ def adapter_base(args: ModelArguments) -> str | None:
 
 
 def processor_source(args: ModelArguments, file: str) -> str | None:
-    """Where the model's tokenizer or image processor is: with the model, or with the base model of an adapter.
+    """Name of the model whose folder holds the tokenizer or image processor: an adapter's may be its base model's.
 
     Args:
         args: which model.
-        file: that a folder with such a thing holds: "tokenizer_config.json".
+        file: the file to look for: "tokenizer_config.json".
     """
     name = args.model_name_or_path or args.config_name
     base = adapter_base(args)
@@ -180,14 +180,14 @@ def processor_source(args: ModelArguments, file: str) -> str | None:
 
 
 def _with_adapter(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
-    """The base model with the saved adapter, whose weights are the trainable ones."""
+    """The base model with the saved adapter; only the adapter's weights are trainable."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True)
 
 
 def model_order(classes: tuple[str, ...], config: PretrainedConfig) -> tuple[str, ...]:
-    """The classes in the order of a model that was trained on them, else as they are; case counts if need be."""
+    """The classes in the order of a model that was trained on them, else as they are; compared exactly first."""
     of_model = [config.id2label[index] for index in sorted(config.id2label)]
     for write in (str, str.lower):
         place = {write(name): index for index, name in enumerate(of_model)}
@@ -225,7 +225,7 @@ def model_card_of_embedded(args: ModelArguments) -> dict[str, str]:
 
 
 def _new_config(args: ModelArguments, changes: dict[str, Any]) -> PretrainedConfig:
-    """A configuration of the settings given; ``changes`` are for those that are not."""
+    """A configuration with the given settings; ``changes`` apply to the others."""
     option, settings = "model_config", dict(args.model_config or {})
     model_type = settings.pop("model_type", args.model_type)
     if args.model_type:
@@ -250,7 +250,7 @@ def _new_config(args: ModelArguments, changes: dict[str, Any]) -> PretrainedConf
 
 
 def _override(config: PretrainedConfig, text: str) -> set[str]:
-    """Put ``key=value,...`` into a configuration; returns the keys."""
+    """Apply ``key=value,...`` to a configuration; return the keys."""
     pairs = [pair.partition("=") for pair in text.split(",")]
     keys = [key for key, _, _ in pairs]
     try:

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with exact perplexities and texts joined into blocks; it says which examples are dropped."""
+"""TRL's SFTTrainer with exact perplexities and texts joined into blocks; reports dropped examples."""
 
 import copy
 import logging
@@ -26,7 +26,7 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
     that is not the loss per token. TRL's own evaluation metrics (means over batches too) are left out.
 
     Args:
-        longest: the most tokens that model and tokenizer take, or None; ``args.max_length`` is lowered to it.
+        longest: the largest number of tokens that model and tokenizer support, or None; caps ``args.max_length``.
         join_texts: join texts into blocks of ``args.max_length`` tokens.
         block_size: in place of ``args.max_length``.
         names: files or hub splits of "train" and "validation", for messages.
@@ -60,7 +60,7 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
         self._names, self._prepared = names or {}, {} if prepared is None else prepared
         args.max_length = block_size or args.max_length
         if longest is not None and (args.max_length is None or args.max_length > longest):
-            logger.info(f"max_length: {longest}, the most that the model and its tokenizer take")
+            logger.info(f"max_length: {longest}, the maximum of the model and its tokenizer")
             args.max_length = longest
         if join_texts:
             args.packing, args.packing_strategy = True, "wrapped"
@@ -76,7 +76,7 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
             self._unigram_log_probs = self._fit_unigram_model()
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """TRL's, in two steps: all tokens, then what is left of them; kept for the next trainer of the same task."""
+        """Tokenize, then truncate or pack, and count both; the result is cached for further trainers of the task."""
         if "input_ids" in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         key = (dataset_name, dataset._fingerprint, packing, args.packing_strategy, args.max_length, args.seed)
@@ -91,13 +91,13 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
             except Exception as error:
                 raise InputError(self._first_failure(dataset, name, error)) from error
             left = super()._prepare_dataset(tokens, processing_class, args, packing, formatting_func, dataset_name)
-            if self._beginning:  # later ones are parts of these
+            if self._beginning:  # later datasets are subsets of these
                 _say_what_is_left(name, tokens, left, args.max_length, packing)
             self._prepared[key] = left
         return self._prepared[key]
 
     def _first_failure(self, dataset: Dataset, name: str, error: Exception) -> str:
-        """The message about an example that the chat template or tokenizer refuses."""
+        """The error message, naming the first example that the chat template rejects."""
         reason = " ".join(str(error).split())[:300]
         for row in dataset:
             chat = row.get("messages") or row.get("prompt")
@@ -118,7 +118,7 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
         return (counts / counts.sum()).log()
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Trainer's, for texts too: TRL prepares them only where ``evaluate`` is called."""
+        """Trainer's, for unprepared examples too: TRL prepares them only in ``evaluate``."""
         if isinstance(eval_dataset, Dataset):
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
             eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, packing, None, "eval")
@@ -140,7 +140,7 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
         return output
 
     def items(self, inputs: dict[str, Any]) -> int:
-        """The number of targets: the first token of a row is none."""
+        """The number of targets; the first token of a row is not a target."""
         return int((inputs["labels"][:, 1:] >= 0).sum())
 
     def count(self, inputs: dict[str, Any]) -> None:

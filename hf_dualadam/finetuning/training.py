@@ -1,6 +1,6 @@
 """Trains and evaluates one task with one optimizer: the same code for the scripts and for comparisons.
 
-``run(task, args)`` is all there is to it. A comparison builds a :class:`Task` once and calls ``run`` for every
+``run(task, args)`` is the entry point. A comparison builds a :class:`Task` once and calls ``run`` for every
 optimizer, learning rate and seed with other ``TrainingArguments``; the trained model and the data stay within reach.
 """
 
@@ -79,7 +79,7 @@ class Run:
 
 
 class _Start(TrainerCallback):
-    """Separates errors before the first step (the user's) from later ones, and takes the output folder.
+    """Separates errors before the first step (user errors) from later ones, and locks the output folder.
 
     Optimizer, scheduler and data loaders are built only within ``Trainer.train``. Until the first step the run in
     ``replaced`` stays as it is.
@@ -123,12 +123,12 @@ class _Start(TrainerCallback):
         return self
 
     def __exit__(self, *error) -> None:
-        """Give the output folder back."""
+        """Release the output folder."""
         if self.lock is not None:
             self.lock.release()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """All is built; other callbacks have agreed, as this one is last."""
+        """Everything is built, and the other callbacks, which run before this one, have accepted it."""
         self.begin(args)
 
 
@@ -140,7 +140,7 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 
 def _of_the_machine(error: Exception) -> bool:
-    """Whether an error has nothing to do with the input: memory ran out, or another process is gone."""
+    """Whether an error is not about the input: memory ran out, or another process failed."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -425,10 +425,10 @@ def _write(trainer: Trainer, task: Task, metrics: dict[str, float]) -> None:
 
 @contextlib.contextmanager
 def decoration(what: str):
-    """Work after a run that must not fail it: an error becomes one warning."""
+    """Optional work after a run: an error becomes one warning."""
     try:
         yield
-    except Exception as error:  # whatever it is, the run is done and saved
+    except Exception as error:  # of any kind: the run is done and saved
         logger.warning(f"{what}: left out: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 

@@ -66,7 +66,7 @@ def test_texts_are_joined_into_blocks(tmp_path, tokenizer, caplog):
         trainer = trainer_of(tmp_path, tokenizer, rows, rows[:2])
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     assert set(lengths[:-1]) == {64} and sum(lengths) == 10 * 201
-    assert "max_length: 64, the most that the model and its tokenizer take" in caplog.text
+    assert "max_length: 64, the maximum of the model and its tokenizer" in caplog.text
     assert "of the tokens are used, in 32 blocks of 64 tokens" in caplog.text
 
 
@@ -229,7 +229,7 @@ def test_new_models_hold_all_tokens(tmp_path, tokenizer):
 def test_language_models_do_not_predict(tmp_path, tokenizer):
     write_rows(tmp_path / "a.jsonl", [{"text": "a b c"}] * 3)
     argv = ["--train_file", str(tmp_path / "a.jsonl"), "--model_config", json.dumps(MODEL), "--do_predict"]
-    with pytest.raises(InputError, match="do_predict: .* generation_prompts"):
+    with pytest.raises(InputError, match="do_predict: not for .* generation_prompts"):
         script.main([*argv, "--tokenizer_name", tokenizer, "--output_dir", str(tmp_path / "out")])
 
 

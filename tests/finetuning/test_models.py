@@ -100,7 +100,7 @@ def test_an_adapter_is_loaded_as_what_it_is(tmp_path):
     names = [name for name, parameter in further.trainer.model.named_parameters() if parameter.requires_grad]
     assert names and all("lora_" in name for name in names)
     assert (tmp_path / "further" / "adapter_model.safetensors").exists()
-    with pytest.raises(InputError, match="use_peft: .* is an adapter"):
+    with pytest.raises(InputError, match="use_peft: .* is already an adapter"):
         run_clm.main([*data, *adapter, "--use_peft", "--output_dir", str(tmp_path / "x")])
     measure(tmp_path / "lora", "--script", "clm", "--train_file", str(tmp_path / "texts.jsonl"), "--max_length", "16")
     assert read_json(tmp_path / "lora" / "sharpness.json")["hessian_top_eigenvalue"] is not None
