@@ -45,6 +45,7 @@ ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
 # The arguments of step_scalars, apart from lr.
 _SCALAR_OPTIONS = "betas eps weight_decay switch_rate inverse_scale normalize_inverse maximize".split()
 MAX_COUNT = 2**24  # the largest step count: float32 cannot count further
+MAX_PLANS = 1024  # of steps by the kernels: one of all parameters, and one of each set in gradient release
 MAX_COPIED = 2**22  # elements that the foreach path copies to float32 at a time
 
 
@@ -141,6 +142,7 @@ class MomentOptimizer(Optimizer):
             ValueError, TypeError: as the constructor.
         """
         super().add_param_group(param_group)
+        self._drop_plans()
         group = self.param_groups[-1]
         try:
             self._check_options(group)
@@ -229,7 +231,7 @@ class MomentOptimizer(Optimizer):
                     )
                 elif not wanted.recognizes(state, name):
                     notes.append(_convert_moment(param, state, name, wanted, dtype))
-                elif isinstance(wanted, ExactMoments) and _is_narrower(state[name], dtype):
+                elif type(wanted) is ExactMoments and _is_narrower(state[name], dtype):
                     state[name] = state[name].to(dtype)
             correction = state.get("weight_correction")
             if correction is None and bits is not None:
@@ -258,9 +260,7 @@ class MomentOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = [(group, self._collect(group)) for group in self.param_groups]
-        for group, items in kernels.update(batches) if self.rule.kernel else batches:
-            self._update(group, items)
+        self._step(self.param_groups)
         return loss
 
     @torch.no_grad()
@@ -276,14 +276,41 @@ class MomentOptimizer(Optimizer):
         Raises:
             RuntimeError: as :meth:`step`.
         """
-        batches = [(group, self._collect({**group, "params": params}))]
-        for options, items in kernels.update(batches) if self.rule.kernel else batches:
-            self._update(options, items)
+        self._step([{**group, "params": params}])
 
-    def _collect(self, group: Group) -> list[Item]:
+    def _step(self, groups: list[Group]) -> None:
+        with_kernels = self.rule.kernel and not torch.compiler.is_compiling()
+        for group, items in self._run_kernels(groups) if with_kernels else self._batches(groups):
+            self._update(group, items)
+
+    def _run_kernels(self, groups: list[Group]) -> kernels.Batches:
+        """Count the step and update whatever a kernel can take; returns the rest."""
+        plans = self.__dict__.setdefault("_plans", {})
+        key = None if groups is self.param_groups else tuple(map(id, groups[0]["params"]))
+        plan, looked_at = plans.get(key), (groups, self.state, self._collect)
+        step = plan.look(*looked_at) if plan else None
+        if step is None:
+            batches = self._batches(groups)
+            plan = kernels.make_plan(batches, self.__dict__.setdefault("_graph_tables", {}))
+            if len(plans) > MAX_PLANS:
+                plans.clear()
+            plans[key] = plan
+            step = plan.look(*looked_at)
+            if step is None:
+                return batches
+        plan.run(step, groups)
+        return step.left
+
+    def _drop_plans(self) -> None:
+        self.__dict__.pop("_plans", None)
+
+    def _batches(self, groups: list[Group]) -> kernels.Batches:
+        return [(group, self._collect(group, group["params"])) for group in groups]
+
+    def _collect(self, group: Group, params: Iterable[Tensor]) -> list[Item]:
         """Parameter, gradient and state of each parameter with a gradient; completes the states."""
         items = []
-        for param in group["params"]:
+        for param in params:
             grad = param.grad
             if grad is None:
                 continue
@@ -340,6 +367,7 @@ class MomentOptimizer(Optimizer):
         """Restore from pickle or a state dict; options missing from an older state get their defaults."""
         own = {name for group in self.__dict__.get("param_groups", []) for name in group}
         super().__setstate__(state)
+        self._drop_plans()
         if "differentiable" not in own:  # torch adds this key; ours does not have it
             for options in (self.defaults, *self.param_groups):
                 options.pop("differentiable", None)

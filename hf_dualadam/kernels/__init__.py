@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .batches import Batches
+from .plan import Batches as Batches
+from .plan import Plan as Plan
 
 
 def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
@@ -23,24 +24,18 @@ def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
     return f"there is no kernel for {param.device.type}.{hint}"
 
 
-def update(batches: Batches) -> Batches:
-    """Count the step and update every tensor that a kernel can take and whose group does not disable kernels.
+def make_plan(batches: Batches, graph_tables: dict[Any, Any]) -> Plan:
+    """Plan the steps of an optimizer.
 
     Args:
-        batches: per parameter group its options and its (param, grad, state) items.
+        batches: per parameter group its options and all its (param, grad, state) items.
+        graph_tables: tables that captured graphs read, which outlive a plan.
 
     Returns:
-        The batches that no kernel can update, in the same form.
+        The plan, for as long as it fits.
     """
-    if torch.compiler.is_compiling():
-        return batches
-    left: Batches = []
-    chosen: Batches = []
-    for group, items in batches:
-        allowed = group["fused"] or (group["fused"] is None and group["foreach"] is None)
-        (chosen if allowed else left).append((group, items))
-    if torch.cuda.is_initialized():
-        from . import cuda
+    if not torch.cuda.is_initialized():
+        return Plan(batches, [cpu], graph_tables)
+    from . import cuda
 
-        chosen = cuda.update(chosen)
-    return left + cpu.update(chosen)
+    return Plan(batches, [cuda, cpu], graph_tables)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import operator
 import os
 import zlib
 from array import array
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..functional import inverse_weight, norm_ratio
 from ..states import BLOCK, HALF_DTYPES, local_tensor
-from .batches import Batches, Group, Item, select
-from .layout import is_sharded, mark_as_written, operands, overlapping, same_layout
+from . import plan
+from .layout import Operands, can_sum_over_shards, mark_as_written, same_layout, sum_over_shards
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _MOMENTS = {
 _CODES = 4
 _SCALES = ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _CORRECTION_BITS = {torch.int8: 8, torch.int16: 16}
-_ADDRESS, _SIZE, _N_FIELDS = 0, 9, 15  # places of fields in struct Tensor, and their number
+_GRAD, _N_FIELDS = 1, 15  # a place in struct Tensor, and the number of fields
 
 _REMEDY = (
     "install a C compiler (gcc or clang) and run `pip install --force-reinstall --no-deps` on hf_dualadam again, or, "
@@ -45,27 +45,64 @@ _PROCESS = os.getpid()
 
 
 @functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The compiled C source, or why there is none."""
+    path = Path(__file__).with_name("_dual_update.so")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"cannot be loaded ({error})" if path.exists() else "was not built"
+    if not _is_current(library):
+        return "was built from other sources than those beside it"
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.dual_update.argtypes = library.dual_norms.argtypes = (
+        pointer,
+        number,
+        pointer,
+        pointer,
+        ctypes.c_int,
+        pointer,
+    )
+    library.count_steps.argtypes, library.count_steps.restype = (pointer, pointer, number, pointer), number
+    return library
+
+
+@functools.cache
 def load() -> Any:
     """Load the compiled kernel.
 
     Returns:
-        The C function and the address of the OpenMP entry point for it (None: there is none, and steps run on one
+        The library and the address of the OpenMP entry point for it (None: there is none, and steps run on one
         thread). None alone where the kernel is missing, which is logged once.
     """
-    path = Path(__file__).with_name("_dual_update.so")
-    try:
-        library = ctypes.CDLL(str(path))
-        reason = None if _is_current(library) else "was built from other sources than those beside it"
-    except OSError as error:
-        reason = f"cannot be loaded ({error})" if path.exists() else "was not built"
-    if reason is not None:
-        logger.warning("The CPU kernel of hf_dualadam %s, so steps take about 7 times longer: %s.", reason, _REMEDY)
+    library = _library()
+    if isinstance(library, str):
+        logger.warning("The CPU kernel of hf_dualadam %s, so steps take about 7 times longer: %s.", library, _REMEDY)
         return None
-    function, pointer = library.dual_update, ctypes.c_void_p
-    function.argtypes = (pointer, ctypes.c_int64, pointer, pointer, ctypes.c_int, pointer)
     # torch has loaded its OpenMP runtime for all to see: asking for the name shares it, whichever it is.
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    return function, parallel and ctypes.cast(parallel, ctypes.c_void_p)
+    return library, parallel and ctypes.cast(parallel, ctypes.c_void_p)
+
+
+def count_steps(steps: array[int], rows: array[int], expected: array[float]) -> bool:
+    """Count a step of each tensor, in memory.
+
+    Args:
+        steps: addresses of the float32 step counts.
+        rows: per tensor its place in ``expected``.
+        expected: float32, the counts that should result.
+
+    Returns:
+        Whether they do.
+    """
+    library = _library()
+    if not isinstance(library, str):
+        tables = (steps.buffer_info()[0], rows.buffer_info()[0], len(steps), expected.buffer_info()[0])
+        return not library.count_steps(*tables)
+    counters = [*map(ctypes.c_float.from_address, steps)]
+    for counter in counters:
+        counter.value += 1
+    return all(counter.value == expected[row] for counter, row in zip(counters, rows))
 
 
 def _is_current(library: ctypes.CDLL) -> bool:
@@ -89,48 +126,58 @@ def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
         return f"the CPU kernel does not know {param.dtype}."
     if group["capturable"]:
         return "capturable=True is for accelerators, and a parameter is on the CPU."
-    if group["normalize_inverse"] and is_sharded(param):
-        return "normalize_inverse=True needs norms of whole tensors, and a parameter is sharded (DTensor)."
+    if group["normalize_inverse"] and not can_sum_over_shards(param):
+        return (
+            "normalize_inverse=True needs norms of whole tensors, and a parameter is neither sharded nor replicated."
+        )
     return None
 
 
-def update(batches: Batches) -> Batches:
-    """Count the step and update, in one pass over memory, every tensor that the kernel can take.
+class Part(plan.Part):
+    """The tensors on the CPU, as the table that the C functions read."""
 
-    Args:
-        batches: per parameter group its options and its (param, grad, state) items.
+    def __init__(self, members: list[plan.Member], *args: Any) -> None:
+        """Fill the table; only addresses of gradients change from step to step."""
+        members = members[::-1]  # gradient clipping went from first to last: the last gradients are still in the cache
+        super().__init__(members, *args)
+        self._rows = array("q")
+        for member in members:
+            self._rows.extend((*member.row, member.group))
 
-    Returns:
-        The batches that the kernel cannot update, in the same form.
-    """
-    taken, left = select(batches, operator.attrgetter("is_cpu"), _row)
-    if not taken:
-        return left
-    if load() is None:
-        return batches
-    taken.reverse()  # gradient clipping went from first to last: the last gradients are still in the cache
-    rows, params = array("q"), []
-    for index, item, row in taken:
-        rows.extend((*row, index))
-        params.append(item[0])
-    shared = sorted(overlapping(rows[_ADDRESS::_N_FIELDS], rows[_SIZE::_N_FIELDS]), reverse=True)
-    left.extend((batches[taken[place][0]][0], [taken[place][1]]) for place in shared)
-    for place in shared:
-        del rows[place * _N_FIELDS : (place + 1) * _N_FIELDS], params[place]
-    _call(rows, array("d", [value for group, _ in batches for value in _options(group)]))
-    mark_as_written(params)
-    return left
+    def run(self, found: plan.Found, groups: list[plan.Group]) -> None:
+        """Count the step and update, in one pass over memory."""
+        self._rows[_GRAD::_N_FIELDS] = found.grad_addresses
+        options = array("d", [value for group in groups for value in _options(group)])
+        ratios = self._norm_ratios(found, groups, options) if self.sharded else None
+        _call("dual_update", self._rows, options, ratios)
+        mark_as_written(found.owners)
+
+    def _norm_ratios(self, found: plan.Found, groups: list[plan.Group], options: array[float]) -> Tensor | None:
+        """The scale of each tensor's inverse update, from the norms of all its shards; None if none is normalized."""
+        normalized = torch.tensor([groups[index]["normalize_inverse"] for index in self.groups])
+        counts = [ctypes.c_float.from_address(address).value for address in self.addresses[3]]
+        weights = (inverse_weight(t + 1, groups[index]["switch_rate"]) for index, t in {*zip(self.groups, counts)})
+        if not normalized.any() or not any(weights):
+            return None
+        sums = torch.zeros(len(counts), 2, dtype=torch.float64)
+        _call("dual_norms", self._rows, options, sums)
+        sum_over_shards(sums, found.owners)
+        return torch.where(normalized, norm_ratio(*sums.sqrt_().unbind(1)), 1.0)
 
 
-def _row(item: Item, group: Group) -> tuple[int, ...] | None:
-    """The fields of struct Tensor, but for the last."""
-    found = None if group["capturable"] else operands(*item, group["normalize_inverse"])
-    if found is None:
+def is_here(param: Tensor) -> bool:
+    """Whether the parameter is on the CPU, and the kernel was built."""
+    return param.is_cpu and load() is not None
+
+
+def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[str, tuple[int, ...]] | None:
+    """The fields of struct Tensor, but for the last; one part takes all tensors that the kernel can update."""
+    param, grad, exp_avg, exp_avg_sq, step = tensors
+    if group["capturable"] or group["normalize_inverse"] and not can_sum_over_shards(item[0]):
         return None
-    param, grad, exp_avg, exp_avg_sq, step = found
     state = item[2]
     dtype, itemsize = _DTYPES.get(param.dtype, (None, 0))
-    if dtype is None or grad.dtype != param.dtype or not all(tensor.is_cpu for tensor in found):
+    if dtype is None or grad.dtype != param.dtype or not all(tensor.is_cpu for tensor in tensors):
         return None
     correction, correction_bits = _correction(param, state)
     scales: tuple[int, ...] | None = _NO_SCALES
@@ -144,10 +191,10 @@ def _row(item: Item, group: Group) -> tuple[int, ...] | None:
     if not same_layout(param, grad, exp_avg, exp_avg_sq, in_logical_order=moments == _CODES):
         return None
     addresses = (param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), correction, *scales)
-    return *addresses, step.data_ptr(), param.numel() * itemsize, row, dtype, moments, correction_bits
+    return "cpu", (*addresses, step.data_ptr(), param.numel() * itemsize, row, dtype, moments, correction_bits)
 
 
-_NO_SCALES: tuple[int, ...] = (0, 0, 0)
+_NO_SCALES: tuple[int, ...] | None = (0, 0, 0)
 
 
 def _correction(param: Tensor, state: dict[str, Any]) -> tuple[int | None, int]:
@@ -177,8 +224,11 @@ def _options(group: dict[str, Any]) -> tuple[float, ...]:
     return float(lr.detach() if isinstance(lr, Tensor) else lr), *group["betas"], *(group[name] for name in names)
 
 
-def _call(rows: array[int], groups: array[float]) -> None:
-    function, parallel = load()
+def _call(name: str, rows: array[int], groups: array[float], numbers: Tensor | None) -> None:
+    """Call a C function; ``numbers`` are the norm ratios that it takes, or the sums of squares that it fills."""
+    library, parallel = load()
     threads = torch.get_num_threads() if parallel and os.getpid() == _PROCESS else 1
-    if function(rows.buffer_info()[0], len(rows) // _N_FIELDS, groups.buffer_info()[0], None, threads, parallel):
+    address = None if numbers is None else numbers.data_ptr()
+    tables = (rows.buffer_info()[0], len(rows) // _N_FIELDS, groups.buffer_info()[0])
+    if getattr(library, name)(*tables, address, threads, parallel):
         raise MemoryError("The CPU kernel of hf_dualadam found no memory for its table of tensors.")

@@ -1,4 +1,10 @@
-"""The CUDA kernel: a few Triton launches a step, over all tensors of one device and dtype."""
+"""The CUDA kernel: a few Triton launches a step for all tensors of one device and one kind.
+
+Tables in device memory tell the kernels where the tensors are. A plan's tables are sent again when addresses change
+or the step runs on another stream. While a graph is captured, tables are written by kernels that carry the numbers as
+arguments, so a graph refills its own tables whenever it is replayed; the larger ones, which never change, it shares
+with the plan, and the optimizer keeps them.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +13,34 @@ import ctypes
 import functools
 import itertools
 import logging
-import operator
 from array import array
-from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..functional import inverse_weight
-from .batches import Batches, Group, Item, select
-from .layout import Operands, is_sharded, mark_as_written, operands, overlapping, same_layout
+from ..functional import norm_ratio, step_scalars
+from . import plan
+from .cpu import count_steps
+from .layout import Operands, can_sum_over_shards, mark_as_written, same_layout, sum_over_shards
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The dtypes of parameter and moments that belong together, as the names that Triton has for them.
+_DTYPES = {
+    (torch.float32, torch.float32): ("float32", "float32"),
+    (torch.float64, torch.float64): ("float64", "float64"),
+    (torch.bfloat16, torch.bfloat16): ("bfloat16", "bfloat16"),
+    (torch.bfloat16, torch.float32): ("bfloat16", "float32"),
+    (torch.float16, torch.float32): ("float16", "float32"),
+}
+_TORCH_DTYPES = {"q": torch.int64, "f": torch.float32, "d": torch.float64}  # of arrays
+_OLDEST_TRITON = (3, 2)  # 3.1 and older compute wrong numbers in the interpreter
 _REMEDY = "run `pip install 'triton>=3.2'` (torch 2.6 and newer bring it)"
-_OLDEST_TRITON = (3, 2)  # 3.1 and older compute wrong numbers in the interpreter; compiled, they are untested
-_is_here = operator.attrgetter("is_cuda")
-
-# A captured graph copies from the same pinned memory and reads the same tables whenever it is replayed, and pinned
-# memory may not be had while it is captured: one buffer of each size is kept ready, and what graphs use is kept.
-_spare_buffers: dict[int, Tensor] = {}
-_used_by_graphs: list[Tensor] = []
+# Without fused operations, the compiled kernels round as in Triton's interpreter, which the tests use.
+_LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
+# Room for all loads of a block before its arithmetic; float64 needs more and would spill.
+_REGISTERS = {} if torch.version.hip else {"maxnreg": 96}
 
 
 @functools.cache
@@ -50,119 +60,265 @@ def load() -> Any:
     return dual_update_triton
 
 
-def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
+def unavailable_reason(param: Tensor, group: plan.Group) -> str | None:
     """Say why the kernel cannot update ``param`` with the options of ``group``, or None if it can."""
     if load() is None:
         return f"the CUDA kernel needs Triton 3.2 or newer; {_REMEDY}."
-    if param.dtype not in _DTYPES:
+    state_dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
+    if (param.dtype, state_dtype) not in _DTYPES:
         return f"the CUDA kernel does not know {param.dtype}."
-    if group["normalize_inverse"] and is_sharded(param):
-        return "normalize_inverse=True needs norms of whole tensors, and a parameter is sharded (DTensor)."
+    reason = _failure(param.device, param.dtype, state_dtype, group["capturable"], group["normalize_inverse"])
+    return reason and f"the CUDA kernel fails on {param.device}: {reason}"
+
+
+def is_here(param: Tensor) -> bool:
+    """Whether the parameter is on a GPU, and Triton is installed."""
+    return param.is_cuda and load() is not None
+
+
+def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[Any, None] | None:
+    """Tensors of one device and one pair of dtypes are updated together, if the kernel can be launched there."""
+    param, grad, exp_avg, exp_avg_sq, step = tensors
+    capturable, normalize = group["capturable"], group["normalize_inverse"]
+    fits = (
+        (param.dtype, exp_avg.dtype) in _DTYPES
+        and grad.dtype == param.dtype
+        and exp_avg_sq.dtype == exp_avg.dtype
+        and param.device == grad.device == exp_avg.device == exp_avg_sq.device
+        and step.device == (param.device if capturable else torch.device("cpu"))
+        and same_layout(param, grad, exp_avg, exp_avg_sq)
+        and not (normalize and not can_sum_over_shards(item[0]))
+        and "weight_correction" not in item[2]
+    )
+    if not fits or _failure(param.device, param.dtype, exp_avg.dtype, capturable, normalize):
+        return None
+    return (param.device, param.dtype, exp_avg.dtype, capturable), None
+
+
+@functools.cache
+def _failure(
+    device: torch.device, param_dtype: torch.dtype, state_dtype: torch.dtype, capturable: bool, normalize: bool
+) -> str | None:
+    """Launch the kernels on one number before any step is counted; says why that fails, which is logged once."""
+    group = {
+        "lr": 0.0,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "switch_rate": 0.0,
+        "inverse_scale": 1.0,
+        "normalize_inverse": normalize,
+        "maximize": False,
+        "capturable": capturable,
+    }
+    try:
+        param, grad = (torch.zeros(1, dtype=param_dtype, device=device) for _ in range(2))
+        exp_avg, exp_avg_sq = (torch.zeros(1, dtype=state_dtype, device=device) for _ in range(2))
+        step = torch.zeros((), device=device if capturable else "cpu")
+        state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+        part = Part([plan.Member(0, 0, (param, grad, exp_avg, exp_avg_sq, step), state, None)], False, {})
+        part.run(plan.Found([param], [param], [grad], array("q", [grad.data_ptr()])), [group])
+    except Exception as error:  # of Triton, of the compiler that it calls, of the driver
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("The CUDA kernel of hf_dualadam cannot run on %s, so steps take longer: %s", device, reason)
+        return reason
     return None
 
 
-def update(batches: Batches) -> Batches:
-    """Count the step and update every tensor that the kernel can take, without waiting for the device.
+class _Tables(NamedTuple):
+    """What never changes while a plan fits, on the device."""
 
-    Args:
-        batches: per parameter group its options and its (param, grad, state) items.
-
-    Returns:
-        The batches that the kernel cannot update, in the same form.
-    """
-    taken, left = select(batches, _is_here, _take)
-    if not taken:
-        return left
-    if load() is None:
-        return batches
-    addresses, sizes = array("q"), array("q")
-    for _, _, (param, *_) in taken:
-        addresses.append(param.data_ptr())
-        sizes.append(param.numel() * param.element_size())
-    shared = overlapping(addresses, sizes)
-    launches = defaultdict(list)
-    for place, (index, item, tensors) in enumerate(taken):
-        group = batches[index][0]
-        if place in shared:
-            left.append((group, [item]))
-        else:
-            param, _, exp_avg, *_ = tensors
-            launches[param.device, param.dtype, exp_avg.dtype, group["capturable"]].append((index, tensors))
-    options = [group for group, _ in batches]
-    for (device, *_), part in launches.items():
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            _launch(part, options)
-    mark_as_written([item[0] for place, (_, item, _) in enumerate(taken) if place not in shared])
-    return left
+    tensors: Tensor
+    chunks: Tensor  # the tensor of each chunk
+    ones: Tensor  # norm ratios of tensors that are not normalized
 
 
-def _take(item: Item, group: Group) -> Operands | None:
-    """The tensors that hold the numbers, if the kernel can update them."""
-    found = operands(*item, group["normalize_inverse"])
-    if found is None or "weight_correction" in item[2]:
-        return None
-    param, grad, exp_avg, exp_avg_sq, step = found
-    state_dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
-    fits = (
-        param.dtype in _DTYPES
-        and grad.dtype == param.dtype
-        and exp_avg.dtype == exp_avg_sq.dtype == state_dtype
-        and param.device == grad.device == exp_avg.device == exp_avg_sq.device
-        and step.device == (param.device if group["capturable"] else torch.device("cpu"))
-        and same_layout(param, grad, exp_avg, exp_avg_sq)
-    )
-    return found if fits else None
+class Part(plan.Part):
+    """The tensors of one device, one pair of dtypes and one value of ``capturable``."""
 
-
-def _launch(part: list[tuple[int, Operands]], groups: list[dict[str, Any]]) -> None:
-    """One step of tensors that share device, dtypes and ``capturable``; each with the place of its group."""
-    kernels = load()
-    param, _, exp_avg, *_ = part[0][1]
-    device, capturable = param.device, groups[part[0][0]]["capturable"]
-    chunks, first_chunks, norm_ratios = _chunks(tuple(tensors[0].numel() for _, tensors in part), device)
-
-    rows, bits = array("q"), 0
-    scalar_rows: dict[tuple[int, float], int] = {}
-    for place, (index, tensors) in enumerate(part):
-        addresses = [t.data_ptr() for t in tensors]
-        bits |= addresses[0] | addresses[1] | addresses[2] | addresses[3]
-        scalar_row = place if capturable else scalar_rows.setdefault((index, _count(tensors[4])), len(scalar_rows))
-        rows.extend((*addresses, tensors[0].numel(), first_chunks[place], scalar_row, index))
-    table = _table(rows.tobytes(), torch.int64, device)
-    if capturable:
-        options = _table(_pack(_options(group) for group in groups), torch.float64, device)
-        _fill_in_lr(options, kernels.N_OPTIONS.value, enumerate(groups))
-        scalars = torch.empty(len(part) * kernels.N_SCALARS.value, dtype=torch.float64, device=device)
-        # Without fused operations, alpha falls to 0 at the same step as on the host.
-        kernels.step_scalars_kernel[(len(part),)](table, options, scalars, enable_fp_fusion=False)
-    else:
-        scalars = _upload(_pack(_scalars(groups[index], t) for index, t in scalar_rows), torch.float64, device)
-        _fill_in_lr(
-            scalars, kernels.N_SCALARS.value, ((row, groups[index]) for (index, _), row in scalar_rows.items())
+    def __init__(self, members: list[plan.Member], *args: Any) -> None:
+        """Note what the tables will say; they are sent by the first step."""
+        super().__init__(members, *args)
+        param, _, exp_avg, *_ = members[0].operands
+        self._device, self._dtypes = param.device, (param.dtype, exp_avg.dtype)
+        self._real = torch.float64 if param.dtype == torch.float64 else torch.float32
+        n_chunks = [-(-numel // load().CHUNK.value) for numel in self.numels]
+        self._n_chunks, self._first_chunks = (
+            array("q", n_chunks),
+            array("q", itertools.accumulate(n_chunks, initial=0)),
         )
+        # On the host, the scalars of a step are worked out once for each group and step count.
+        self._scalar_groups, self._counts = [0], array("f", [-1])
+        self._scalar_rows = array("q", [0]) * len(members)
+        # What has been sent, and for which stream.
+        self._stream: int | None = None
+        self._tables: _Tables | None = None
+        self._grads: tuple[array[Any], Tensor] | None = None
+        self._options: tuple[array[Any], Tensor] | None = None
 
-    if len(chunks):
-        grid = (len(chunks),)
-        dtypes = [getattr(kernels.tl, str(t.dtype).removeprefix("torch.")) for t in (param, exp_avg)]
-        variant = (*dtypes, kernels.tl.float64 if param.dtype == torch.float64 else kernels.tl.float32, bits % 16 == 0)
-        if any(groups[index]["normalize_inverse"] for index, _ in part):
-            sums = torch.empty(2 * len(chunks), dtype=torch.float64, device=device)
-            norm_ratios = torch.empty_like(norm_ratios)
-            kernels.norms_kernel[grid](table, chunks, scalars, sums, *variant, num_warps=8)
-            kernels.norm_ratios_kernel[(len(part),)](table, scalars, sums, norm_ratios)
-        kernels.update_kernel[grid](table, chunks, scalars, norm_ratios, *variant, num_warps=8)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _used_by_graphs.extend((table, chunks, norm_ratios, scalars, *([options] if capturable else [])))
+    def run(self, found: plan.Found, groups: list[plan.Group]) -> None:
+        """Count the step and update, without waiting for the device."""
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+            self._run(found, groups)
+        mark_as_written(found.owners)
+
+    def _run(self, found: plan.Found, groups: list[plan.Group]) -> None:
+        kernels = load()
+        own = [groups[index] for index in dict.fromkeys(self.groups)]
+        capturable = own[0]["capturable"]
+        if not _is_capturing(self._device) and self._stream != _stream(self._device):  # none waits for another
+            self._tables = self._grads = self._options = None
+            self._stream = _stream(self._device)
+        if capturable:
+            self._scalar_rows = array("q", range(len(self.groups)))
+            normalized = any(group["normalize_inverse"] for group in own)
+            tables, scalars = self._send_tables(), self._scalars_on_device(groups)
+        else:
+            rows = self._count(groups)
+            normalized = any(row.normalize_inverse and row.inverse_weight for row in rows)
+            tables, scalars = self._send_tables(), self._send_scalars(rows, groups)
+        arguments = tables.tensors, self._send_grads(found.grad_addresses), tables.chunks, scalars
+        dtypes = [getattr(kernels.tl, name) for name in _DTYPES[self._dtypes]]
+        real = kernels.tl.float64 if self._real == torch.float64 else kernels.tl.float32
+        options = _LAUNCH | ({} if self._real == torch.float64 else _REGISTERS)
+        grid = (len(tables.chunks),)
+        norm_ratios = tables.ones
+        if normalized:
+            chunk_sums = torch.empty(4 * len(tables.chunks), dtype=self._real, device=self._device)
+            sums = torch.empty(len(self.groups), 2, dtype=torch.float64, device=self._device)
+            if grid[0]:
+                kernels.norms_kernel[grid](*arguments, chunk_sums, *dtypes, real, **options)
+            kernels.norm_sums_kernel[(len(self.groups),)](tables.tensors, scalars, chunk_sums, sums, **_LAUNCH)
+            sum_over_shards(sums, found.owners)
+            norm_ratios = norm_ratio(*sums.sqrt_().unbind(1)).to(self._real)
+        if grid[0]:
+            kernels.update_kernel[grid](*arguments, norm_ratios, *dtypes, real, **options)
+
+    # ---- scalars ----
+
+    def _count(self, groups: list[plan.Group]) -> list[Any]:
+        """Count the step on the host; returns the rows of the table of scalars."""
+        for row, count in enumerate(self._counts):
+            self._counts[row] = count + 1
+        if not count_steps(self.addresses[3], self._scalar_rows, self._counts):
+            counts = [ctypes.c_float.from_address(address).value for address in self.addresses[3]]
+            rows: dict[tuple[int, float], int] = {}
+            self._scalar_rows = array("q", (rows.setdefault(key, len(rows)) for key in zip(self.groups, counts)))
+            self._scalar_groups, self._counts = [group for group, _ in rows], array("f", (count for _, count in rows))
+            self._tables = None
+        return [_scalars(groups[index], t) for index, t in zip(self._scalar_groups, self._counts)]
+
+    def _send_scalars(self, rows: list[Any], groups: list[plan.Group]) -> Tensor:
+        typecode = "d" if self._real == torch.float64 else "f"
+        table = _on_device(array(typecode, itertools.chain.from_iterable(map(_row, rows))), self._device)
+        for index, row in zip(self._scalar_groups, table.view(len(rows), -1).unbind()):
+            group = groups[index]
+            if _is_on_device(group["lr"]):  # the row is that of lr = 1
+                kernels, lr = load(), group["lr"].detach().reshape(()).double()
+                row[kernels.STEP_SIZE.value].mul_(lr)
+                row[kernels.DECAY.value].copy_(1 - lr * group["weight_decay"])
+        return table
+
+    def _scalars_on_device(self, groups: list[plan.Group]) -> Tensor:
+        """Count the step on the device, and work out a row of scalars for each tensor."""
+        kernels = load()
+        options = array("d", itertools.chain.from_iterable(map(_options, groups)))
+        if _is_capturing(self._device):
+            table = _on_device(options, self._device)
+        else:
+            if self._options is None or self._options[0] != options:
+                self._options = options, _on_device(options, self._device)
+            table = self._options[1]
+        for row, group in enumerate(groups):
+            if _is_on_device(group["lr"]):
+                table[row * kernels.N_OPTIONS.value + kernels.LR.value].copy_(group["lr"].detach().reshape(()))
+        n = len(self.groups)
+        scalars = torch.empty(n * kernels.N_SCALARS.value, dtype=self._real, device=self._device)
+        kernels.step_scalars_kernel[(n,)](self._send_tables().tensors, table, scalars, **_LAUNCH)
+        return scalars
+
+    # ---- tables ----
+
+    def _send_tables(self) -> _Tables:
+        if self._tables is None:
+            tables = self._new_tables()
+            if _is_capturing(self._device):  # only replays of this graph will fill them
+                return tables
+            self._tables = tables
+        elif _is_capturing(self._device):
+            key = (self._device, self._rows().tobytes())
+            self._tables = self.graph_tables.setdefault(key, self._tables)
+        return self._tables
+
+    def _rows(self) -> array[int]:
+        """The table of tensors."""
+        kernels, n = load(), len(self.groups)
+        columns = {
+            kernels.PARAM.value: self.addresses[0],
+            kernels.EXP_AVG.value: self.addresses[1],
+            kernels.EXP_AVG_SQ.value: self.addresses[2],
+            kernels.STEP.value: self.addresses[3],
+            kernels.NUMEL.value: array("q", self.numels),
+            kernels.FIRST_CHUNK.value: self._first_chunks[:n],
+            kernels.SCALARS.value: self._scalar_rows,
+            kernels.OPTIONS.value: array("q", self.groups),
+        }
+        rows = array("q", [0]) * (n * kernels.N_COLUMNS.value)
+        for column, values in columns.items():
+            rows[column :: kernels.N_COLUMNS.value] = values
+        return rows
+
+    def _new_tables(self) -> _Tables:
+        device, n = self._device, len(self.groups)
+        n_chunks = _on_device(self._n_chunks, device)
+        numbers = torch.arange(n, dtype=torch.int32, device=device)
+        chunks = numbers.repeat_interleave(n_chunks, output_size=self._first_chunks[-1])
+        return _Tables(_on_device(self._rows(), device), chunks, torch.ones(n, dtype=self._real, device=device))
+
+    def _send_grads(self, addresses: array[int]) -> Tensor:
+        if _is_capturing(self._device):
+            return _on_device(addresses, self._device)
+        if self._grads is None or self._grads[0] != addresses:
+            self._grads = addresses, _on_device(addresses, self._device)
+        return self._grads[1]
 
 
-def _count(step: Tensor) -> float:
-    """Count a step on the host; through its address, as a call into torch for each would take longer than the step."""
-    counter = ctypes.c_float.from_address(step.data_ptr())
-    counter.value += 1
-    return counter.value
+def _on_device(numbers: array[Any], device: torch.device) -> Tensor:
+    """Send numbers to the device without waiting for it; into a graph, as arguments of kernels."""
+    dtype = _TORCH_DTYPES[numbers.typecode]
+    if _is_capturing(device):
+        table = torch.zeros(len(numbers), dtype=dtype, device=device)
+        torch._foreach_add_(list(table.unbind()), numbers.tolist())
+        return table
+    host = torch.frombuffer(numbers, dtype=dtype)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True, copy=True)
 
 
-def _options(group: dict[str, Any]) -> tuple[float, ...]:
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _scalars(group: plan.Group, step: float) -> Any:
+    """The scalars of a step; of lr = 1 where lr is on a device, and is filled in there."""
+    lr = 1.0 if _is_on_device(group["lr"]) else float(group["lr"])
+    names = ("betas", "eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
+    return step_scalars(step, lr=lr, **{name: group[name] for name in names})
+
+
+def _row(s: Any) -> tuple[float, ...]:
+    """A row of the table of scalars."""
+    moments = (s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.eps, s.sign)
+    normalize = float(s.normalize_inverse and s.inverse_weight != 0)
+    return *moments, s.decay, s.step_size, s.bias2_rsqrt, s.adam_weight, s.inverse_weight, normalize
+
+
+def _options(group: plan.Group) -> tuple[float, ...]:
     """A row of the table of options; an lr on a device is filled in there."""
     lr = 0.0 if _is_on_device(group["lr"]) else float(group["lr"])
     sign = -1.0 if group["maximize"] else 1.0
@@ -170,60 +326,5 @@ def _options(group: dict[str, Any]) -> tuple[float, ...]:
     return lr, *group["betas"], *rest, sign, float(group["normalize_inverse"])
 
 
-def _scalars(group: dict[str, Any], step: float) -> tuple[float, ...]:
-    """A row of the table of scalars."""
-    beta1, beta2 = group["betas"]
-    alpha = inverse_weight(step, group["switch_rate"])
-    return *_options(group), 1 - beta1**step, (1 - beta2**step) ** -0.5, alpha
-
-
-def _fill_in_lr(table: Tensor, n_columns: int, rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
-    for row, group in rows:
-        if _is_on_device(group["lr"]):
-            table[row * n_columns].copy_(group["lr"].reshape(()))
-
-
 def _is_on_device(lr: float | Tensor) -> bool:
     return isinstance(lr, Tensor) and lr.device.type != "cpu"
-
-
-def _pack(rows: Iterable[tuple[float, ...]]) -> bytes:
-    return array("d", itertools.chain.from_iterable(rows)).tobytes()
-
-
-@functools.lru_cache(maxsize=16)
-def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int], Tensor]:
-    """The tensor of each chunk, the first chunk of each tensor, and a norm ratio of 1 for each tensor."""
-    counts = [-(-numel // load().CHUNK.value) for numel in numels]
-    owners = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    first = list(itertools.accumulate(counts, initial=0))
-    return (
-        _upload(owners.numpy().tobytes(), torch.int32, device),
-        first,
-        torch.ones(len(counts), dtype=torch.float64, device=device),
-    )
-
-
-@functools.lru_cache(maxsize=64)  # addresses seldom change: parameters and states stay, gradients come back to theirs
-def _table(content: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _upload(content, dtype, device)
-
-
-def _upload(content: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy a table to the device without waiting for it."""
-    host = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-    if device.type == "cuda":
-        capturing = torch.cuda.is_current_stream_capturing()
-        pinned = _spare_buffers.pop(len(content), None) if capturing else _pinned(len(content))
-        if pinned is None:
-            raise RuntimeError("Take a step with the same parameters before capturing one in a CUDA graph.")
-        if capturing:
-            _used_by_graphs.append(pinned)
-        elif len(content) not in _spare_buffers:
-            _spare_buffers[len(content)] = _pinned(len(content))
-        host = pinned.copy_(host)
-    return host.to(device, non_blocking=True).view(dtype)
-
-
-def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)

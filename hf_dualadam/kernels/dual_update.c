@@ -508,3 +508,16 @@ int dual_norms(const Tensor *tensors, int64_t n_tensors, const Group *groups, do
     const Job job = {.tensors = tensors, .groups = groups, .n_tensors = n_tensors, .only_norms = 1};
     return run(job, NULL, sums, threads, parallel);
 }
+
+/* Counts a step of each tensor, for kernels that run elsewhere.
+ *   steps     addresses of the counts
+ *   rows      per tensor its place in expected
+ *   expected  the counts that should result
+ * Returns how many are not as expected. */
+int64_t count_steps(float *const *steps, const int64_t *rows, int64_t n, const float *expected)
+{
+    int64_t unexpected = 0;
+    for (int64_t i = 0; i < n; i++)
+        unexpected += (*steps[i] += 1) != expected[rows[i]];
+    return unexpected;
+}

@@ -1,8 +1,8 @@
 """One step of DualAdam over many tensors in a few launches: the CUDA kernel, in functional.py's names and order.
 
-Nothing that changes from step to step is an argument: addresses, options and step scalars lie in tables in device
-memory. So a kernel is compiled once per dtype, however lr, alpha and the step count move, and CUDA graphs can replay
-it. Addresses and element indices are 64 bits wide.
+Nothing that changes from step to step is an argument: addresses and step scalars lie in tables in device memory. So a
+kernel is compiled once per dtype, however lr, alpha and the step count move, and CUDA graphs can replay it. Addresses
+and element indices are 64 bits wide. ``real`` is the dtype of the arithmetic: float64 for float64, else float32.
 """
 
 import triton
@@ -10,72 +10,85 @@ import triton.language as tl
 
 CHUNK = tl.constexpr(2048)  # elements of one program
 
-# Columns of the table of tensors (int64).
+# Columns of the table of tensors (int64). Addresses of gradients come and go, so they have a list of their own.
 PARAM = tl.constexpr(0)
-GRAD = tl.constexpr(1)
-EXP_AVG = tl.constexpr(2)
-EXP_AVG_SQ = tl.constexpr(3)
-STEP = tl.constexpr(4)
-NUMEL = tl.constexpr(5)
-FIRST_CHUNK = tl.constexpr(6)  # number of chunks in the tensors before this one
-SCALARS = tl.constexpr(7)  # row in the table of scalars
-OPTIONS = tl.constexpr(8)  # row in the table of options
-N_COLUMNS = tl.constexpr(9)
+EXP_AVG = tl.constexpr(1)
+EXP_AVG_SQ = tl.constexpr(2)
+STEP = tl.constexpr(3)
+NUMEL = tl.constexpr(4)
+FIRST_CHUNK = tl.constexpr(5)  # number of chunks in the tensors before this one
+SCALARS = tl.constexpr(6)  # row in the table of scalars
+OPTIONS = tl.constexpr(7)  # row in the table of options
+N_COLUMNS = tl.constexpr(8)
 
-# Columns of the table of scalars (float64); those up to NORMALIZE are the table of options.
-LR = tl.constexpr(0)
-BETA1 = tl.constexpr(1)
+# Columns of the table of scalars (``real``): functional.StepScalars, and what float32 could not subtract from 1.
+BETA1 = tl.constexpr(0)
+REST1 = tl.constexpr(1)  # 1 - beta1
 BETA2 = tl.constexpr(2)
-EPS = tl.constexpr(3)
+REST2 = tl.constexpr(3)  # 1 - beta2
+EPS = tl.constexpr(4)
+SIGN = tl.constexpr(5)  # -1 to maximize
+DECAY = tl.constexpr(6)  # 1 - eta*lambda
+STEP_SIZE = tl.constexpr(7)  # eta / (1 - beta1^t)
+BIAS2_RSQRT = tl.constexpr(8)  # 1 / sqrt(1 - beta2^t)
+ADAM_WEIGHT = tl.constexpr(9)
+INVERSE_WEIGHT = tl.constexpr(10)
+NORMALIZE = tl.constexpr(11)  # 0 once the inverse weight is 0
+N_SCALARS = tl.constexpr(12)
+
+# Columns of the table of options (float64), from which capturable steps work out their scalars on the device.
+LR = tl.constexpr(0)
+OPTION_BETA1 = tl.constexpr(1)
+OPTION_BETA2 = tl.constexpr(2)
+OPTION_EPS = tl.constexpr(3)
 WEIGHT_DECAY = tl.constexpr(4)
 SWITCH_RATE = tl.constexpr(5)
 INVERSE_SCALE = tl.constexpr(6)
-SIGN = tl.constexpr(7)  # -1 to maximize
-NORMALIZE = tl.constexpr(8)
+OPTION_SIGN = tl.constexpr(7)
+OPTION_NORMALIZE = tl.constexpr(8)
 N_OPTIONS = tl.constexpr(9)
-BIAS1 = tl.constexpr(9)  # 1 - beta1^t
-BIAS2_RSQRT = tl.constexpr(10)  # 1 / sqrt(1 - beta2^t)
-ALPHA = tl.constexpr(11)
-N_SCALARS = tl.constexpr(12)
 
 
 @triton.jit
-def _elements(tensor, column: tl.constexpr, dtype: tl.constexpr, i, aligned: tl.constexpr):
-    """Pointers to the elements i of a tensor."""
-    start = tl.load(tensor + column).to(tl.pointer_type(dtype))
+def _pointers(address, i, dtype: tl.constexpr, aligned: tl.constexpr):
+    """Pointers to the elements i of the array at an address; `aligned` ones are loaded 16 bytes at a time."""
+    if dtype == tl.float32:  # Triton 3.1 knows no pointer_type(dtype)
+        start = address.to(tl.pointer_type(tl.float32))
+    elif dtype == tl.float64:
+        start = address.to(tl.pointer_type(tl.float64))
+    elif dtype == tl.float16:
+        start = address.to(tl.pointer_type(tl.float16))
+    else:
+        start = address.to(tl.pointer_type(tl.bfloat16))
     if aligned:
         start = tl.multiple_of(start, 16)
     return start + i
 
 
 @triton.jit
-def _moments(
-    tensor,
-    s,
-    i,
-    inside,
-    param_dtype: tl.constexpr,
-    state_dtype: tl.constexpr,
-    real: tl.constexpr,
-    aligned: tl.constexpr,
-):
-    """m, v and d of the elements i after this step."""
-    grad = tl.load(_elements(tensor, GRAD, param_dtype, i, aligned), inside).to(real)
-    exp_avg = tl.load(_elements(tensor, EXP_AVG, state_dtype, i, aligned), inside).to(real)
-    exp_avg_sq = tl.load(_elements(tensor, EXP_AVG_SQ, state_dtype, i, aligned), inside).to(real)
+def _sqrt(x):
+    """The root, also of subnormal numbers, which tl.sqrt takes for 0; tl.sqrt_rn needs more registers."""
+    tiny = x < 2.0**-100
+    root = tl.sqrt(tl.where(tiny, x * 2.0**100, x))
+    return tl.where(tiny, root * 2.0**-50, root)
+
+
+@triton.jit
+def _moments(grad, exp_avg, exp_avg_sq, s, real: tl.constexpr):
+    """m, v and d after this step."""
     beta1 = tl.load(s + BETA1)
-    beta2 = tl.load(s + BETA2)
-    grad *= tl.load(s + SIGN).to(real)
+    grad *= tl.load(s + SIGN)
     gap = grad - exp_avg
-    exp_avg = tl.where(beta1 > 0.5, exp_avg + (1 - beta1).to(real) * gap, grad - beta1.to(real) * gap)  # m
-    exp_avg_sq = beta2.to(real) * exp_avg_sq + (1 - beta2).to(real) * grad * grad  # v
-    denom = tl.sqrt(exp_avg_sq) * tl.load(s + BIAS2_RSQRT).to(real) + tl.load(s + EPS).to(real)  # d
+    exp_avg = tl.where(beta1 > 0.5, exp_avg + tl.load(s + REST1) * gap, grad - beta1 * gap)  # m, rounded as by lerp
+    exp_avg_sq = tl.load(s + BETA2) * exp_avg_sq + tl.load(s + REST2) * grad * grad  # v
+    denom = _sqrt(exp_avg_sq) * tl.load(s + BIAS2_RSQRT) + tl.load(s + EPS)  # d
     return exp_avg, exp_avg_sq, denom
 
 
 @triton.jit
 def _update(
     tensor,
+    grad_address,
     s,
     norm_ratio,
     i,
@@ -85,131 +98,154 @@ def _update(
     real: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """One step of the elements i, in place."""
-    decay = (1 - tl.load(s + LR) * tl.load(s + WEIGHT_DECAY)).to(real)
-    step_size = (tl.load(s + LR) / tl.load(s + BIAS1)).to(real)
-    adam_weight = (1 - tl.load(s + ALPHA)).to(real)
-    inverse_weight = (tl.load(s + ALPHA) * tl.load(s + INVERSE_SCALE)).to(real)
+    """One step of the elements i, in place: all loads, the formula, all stores."""
+    params = _pointers(tl.load(tensor + PARAM), i, param_dtype, aligned)
+    grads = _pointers(grad_address, i, param_dtype, aligned)
+    exp_avgs = _pointers(tl.load(tensor + EXP_AVG), i, state_dtype, aligned)
+    exp_avg_sqs = _pointers(tl.load(tensor + EXP_AVG_SQ), i, state_dtype, aligned)
+    param = tl.load(params, inside).to(real)
+    grad = tl.load(grads, inside).to(real)
+    exp_avg = tl.load(exp_avgs, inside).to(real)
+    exp_avg_sq = tl.load(exp_avg_sqs, inside).to(real)
 
-    params = _elements(tensor, PARAM, param_dtype, i, aligned)
-    param = tl.load(params, inside).to(real) * decay  # theta <- theta * (1 - eta*lambda)
-    exp_avg, exp_avg_sq, denom = _moments(tensor, s, i, inside, param_dtype, state_dtype, real, aligned)  # m, v, d
-    adam = tl.where(adam_weight != 0, adam_weight * (exp_avg / denom), 0)  # (1-alpha) * m/d
-    inverse = inverse_weight * (norm_ratio.to(real) * (exp_avg * denom))  # alpha * m*d
-    update = adam + tl.where(inverse_weight != 0, inverse, 0)
+    step_size = tl.load(s + STEP_SIZE)
+    adam_weight = tl.load(s + ADAM_WEIGHT)
+    inverse_weight = tl.load(s + INVERSE_WEIGHT)
+    param *= tl.load(s + DECAY)  # theta <- theta * (1 - eta*lambda)
+    exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s, real)  # m, v, d
+    update = tl.where(adam_weight != 0, adam_weight * (exp_avg / denom), 0)  # (1-alpha) * m/d
+    inverse = inverse_weight * (norm_ratio * (exp_avg * denom))  # alpha * m*d
+    update += tl.where(inverse_weight != 0, inverse, 0)
     param -= tl.where(step_size != 0, step_size * update, 0)  # theta <- theta - eta/(1-beta1^t) * update
+
     tl.store(params, param.to(param_dtype), inside)
-    tl.store(_elements(tensor, EXP_AVG, state_dtype, i, aligned), exp_avg.to(state_dtype), inside)
-    tl.store(_elements(tensor, EXP_AVG_SQ, state_dtype, i, aligned), exp_avg_sq.to(state_dtype), inside)
+    tl.store(exp_avgs, exp_avg.to(state_dtype), inside)
+    tl.store(exp_avg_sqs, exp_avg_sq.to(state_dtype), inside)
 
 
 @triton.jit
 def update_kernel(
     tensors,
+    grads,
     chunks,
     scalars,
     norm_ratios,
     param_dtype: tl.constexpr,
     state_dtype: tl.constexpr,
     real: tl.constexpr,
-    aligned: tl.constexpr,
 ):
     """One step of one chunk, in place."""
     row = tl.load(chunks + tl.program_id(0)).to(tl.int64)
     tensor = tensors + row * N_COLUMNS
+    grad = tl.load(grads + row)
     s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
     norm_ratio = tl.load(norm_ratios + row)
     begin = (tl.program_id(0) - tl.load(tensor + FIRST_CHUNK)) * CHUNK
     i = begin + tl.arange(0, CHUNK)
     numel = tl.load(tensor + NUMEL)
-    if begin + CHUNK <= numel:  # without a mask, elements are loaded four at a time
-        _update(tensor, s, norm_ratio, i, None, param_dtype, state_dtype, real, aligned)
+    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + EXP_AVG) | tl.load(tensor + EXP_AVG_SQ)
+    if (begin + CHUNK <= numel) & (addresses % 16 == 0):
+        _update(tensor, grad, s, norm_ratio, i, None, param_dtype, state_dtype, real, True)
     else:
-        _update(tensor, s, norm_ratio, i, i < numel, param_dtype, state_dtype, real, aligned)
+        _update(tensor, grad, s, norm_ratio, i, i < numel, param_dtype, state_dtype, real, False)
 
 
 @triton.jit
-def _store_squares(
-    sums,
-    tensor,
-    s,
-    i,
-    inside,
-    param_dtype: tl.constexpr,
-    state_dtype: tl.constexpr,
-    real: tl.constexpr,
-    aligned: tl.constexpr,
-):
-    """Sums of the squares of m/d and m*d of the elements i, as the coming update will have them."""
-    exp_avg, _, denom = _moments(tensor, s, i, inside, param_dtype, state_dtype, real, aligned)
-    adam = (exp_avg / denom).to(tl.float64)
-    inverse = (exp_avg * denom).to(tl.float64)
-    if inside is not None:
-        adam = tl.where(inside, adam, 0)
-        inverse = tl.where(inside, inverse, 0)
-    tl.store(sums, tl.sum(adam * adam))
-    tl.store(sums + 1, tl.sum(inverse * inverse))
+def _scaled_square_sum(x, inside):
+    """The sum of squares as (largest magnitude, sum of squares in units of it), which cannot overflow or underflow."""
+    x = tl.where(inside, tl.abs(x), 0)
+    largest = tl.max(x)
+    x = tl.where(largest > 0, x / largest, x)
+    return largest, tl.sum(x * x)
 
 
 @triton.jit
 def norms_kernel(
     tensors,
+    grads,
     chunks,
     scalars,
-    sums,
+    chunk_sums,
     param_dtype: tl.constexpr,
     state_dtype: tl.constexpr,
     real: tl.constexpr,
-    aligned: tl.constexpr,
 ):
-    """Measure the norms of one chunk, if its tensor is to be normalized in this step."""
-    tensor = tensors + tl.load(chunks + tl.program_id(0)).to(tl.int64) * N_COLUMNS
+    """Measure m/d and m*d of one chunk as the coming update will have them, if its tensor is to be normalized."""
+    row = tl.load(chunks + tl.program_id(0)).to(tl.int64)
+    tensor = tensors + row * N_COLUMNS
     s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
-    if tl.load(s + NORMALIZE) * tl.load(s + ALPHA) * tl.load(s + INVERSE_SCALE) != 0:
-        sums += 2 * tl.program_id(0)
+    if tl.load(s + NORMALIZE) != 0:
         begin = (tl.program_id(0) - tl.load(tensor + FIRST_CHUNK)) * CHUNK
         i = begin + tl.arange(0, CHUNK)
-        numel = tl.load(tensor + NUMEL)
-        if begin + CHUNK <= numel:
-            _store_squares(sums, tensor, s, i, None, param_dtype, state_dtype, real, aligned)
-        else:
-            _store_squares(sums, tensor, s, i, i < numel, param_dtype, state_dtype, real, aligned)
+        inside = i < tl.load(tensor + NUMEL)
+        grad = tl.load(_pointers(tl.load(grads + row), i, param_dtype, False), inside).to(real)
+        exp_avg = tl.load(_pointers(tl.load(tensor + EXP_AVG), i, state_dtype, False), inside).to(real)
+        exp_avg_sq = tl.load(_pointers(tl.load(tensor + EXP_AVG_SQ), i, state_dtype, False), inside).to(real)
+        exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s, real)
+        adam_largest, adam_sum = _scaled_square_sum(exp_avg / denom, inside)
+        inverse_largest, inverse_sum = _scaled_square_sum(exp_avg * denom, inside)
+        own = chunk_sums + 4 * tl.program_id(0)
+        tl.store(own, adam_largest)
+        tl.store(own + 1, adam_sum)
+        tl.store(own + 2, inverse_largest)
+        tl.store(own + 3, inverse_sum)
 
 
 @triton.jit
-def norm_ratios_kernel(tensors, scalars, sums, norm_ratios):
-    """The scale of one tensor's inverse update: 1 unless it is normalized."""
+def _squares(quads, column: tl.constexpr, chunk, n_chunks):
+    """Sums of squares of some chunks, in float64, from what norms_kernel has measured."""
+    largest = tl.load(quads + 4 * chunk + column, chunk < n_chunks, other=0).to(tl.float64)
+    return largest * largest * tl.load(quads + 4 * chunk + column + 1, chunk < n_chunks, other=0).to(tl.float64)
+
+
+@triton.jit
+def norm_sums_kernel(tensors, scalars, chunk_sums, sums):
+    """Add up the squares of one tensor's m/d and m*d; 1 and 1 unless it is to be normalized."""
     tensor = tensors + tl.program_id(0) * N_COLUMNS
     s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
-    ratio = tl.full((), 1, tl.float64)
-    if tl.load(s + NORMALIZE) * tl.load(s + ALPHA) * tl.load(s + INVERSE_SCALE) != 0:
+    adam_sum = tl.full((), 1, tl.float64)
+    inverse_sum = tl.full((), 1, tl.float64)
+    if tl.load(s + NORMALIZE) != 0:
         n_chunks = tl.cdiv(tl.load(tensor + NUMEL), CHUNK)
-        pairs = sums + 2 * tl.load(tensor + FIRST_CHUNK)
+        quads = chunk_sums + 4 * tl.load(tensor + FIRST_CHUNK)
         adam_sq = tl.zeros((CHUNK,), tl.float64)
         inverse_sq = tl.zeros((CHUNK,), tl.float64)
         for begin in range(0, n_chunks, CHUNK):
             chunk = begin + tl.arange(0, CHUNK)
-            adam_sq += tl.load(pairs + 2 * chunk, chunk < n_chunks, other=0)
-            inverse_sq += tl.load(pairs + 2 * chunk + 1, chunk < n_chunks, other=0)
+            adam_sq += _squares(quads, 0, chunk, n_chunks)
+            inverse_sq += _squares(quads, 2, chunk, n_chunks)
+        adam_sum = tl.sum(adam_sq)
         inverse_sum = tl.sum(inverse_sq)
-        ratio = tl.where(inverse_sum == 0, 0.0, tl.sqrt(tl.sum(adam_sq) / inverse_sum))  # NaN stays NaN
-    tl.store(norm_ratios + tl.program_id(0), ratio)
+    tl.store(sums + 2 * tl.program_id(0), adam_sum)
+    tl.store(sums + 2 * tl.program_id(0) + 1, inverse_sum)
 
 
 @triton.jit
-def step_scalars_kernel(tensors, options, scalars):
+def step_scalars_kernel(tensors, table_of_options, scalars):
     """Count the step of one tensor on the device and work out its scalars, as functional.step_scalars does."""
     tensor = tensors + tl.program_id(0) * N_COLUMNS
-    counter = _elements(tensor, STEP, tl.float32, 0, False)
+    counter = tl.load(tensor + STEP).to(tl.pointer_type(tl.float32))
     t = tl.load(counter) + 1
     tl.store(counter, t)
     t = t.to(tl.float64)
-    o = options + tl.load(tensor + OPTIONS) * N_OPTIONS
-    s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
-    for column in tl.static_range(N_OPTIONS):
-        tl.store(s + column, tl.load(o + column))
+    o = table_of_options + tl.load(tensor + OPTIONS) * N_OPTIONS
+    lr = tl.load(o + LR)
+    beta1 = tl.load(o + OPTION_BETA1)
+    beta2 = tl.load(o + OPTION_BETA2)
     switch_rate = tl.load(o + SWITCH_RATE)
     alpha = 1 - t * switch_rate
-    tl.store(s + ALPHA, tl.where(alpha < switch_rate, 0.0, alpha))
-    tl.store(s + BIAS1, 1 - tl.exp2(t * tl.log2(tl.load(o + BETA1))))
-    tl.store(s + BIAS2_RSQRT, 1 / tl.sqrt(1 - tl.exp2(t * tl.log2(tl.load(o + BETA2)))))
+    alpha = tl.where(alpha < switch_rate, 0.0, alpha)
+    inverse_weight = alpha * tl.load(o + INVERSE_SCALE)
+    s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
+    tl.store(s + BETA1, beta1)
+    tl.store(s + REST1, 1 - beta1)
+    tl.store(s + BETA2, beta2)
+    tl.store(s + REST2, 1 - beta2)
+    tl.store(s + EPS, tl.load(o + OPTION_EPS))
+    tl.store(s + SIGN, tl.load(o + OPTION_SIGN))
+    tl.store(s + DECAY, 1 - lr * tl.load(o + WEIGHT_DECAY))
+    tl.store(s + STEP_SIZE, lr / (1 - tl.exp2(t * tl.log2(beta1))))
+    tl.store(s + BIAS2_RSQRT, 1 / tl.sqrt(1 - tl.exp2(t * tl.log2(beta2))))
+    tl.store(s + ADAM_WEIGHT, 1 - alpha)
+    tl.store(s + INVERSE_WEIGHT, inverse_weight)
+    tl.store(s + NORMALIZE, tl.where(inverse_weight != 0, tl.load(o + OPTION_NORMALIZE), 0.0))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from array import array
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+
+from ..states import local_tensor
 
 # (param, grad, exp_avg, exp_avg_sq, step): what a kernel reads and writes of one parameter.
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -16,21 +19,18 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def operands(param: Tensor, grad: Tensor, state: dict[str, Any], normalize_inverse: bool) -> Operands | None:
-    """The tensors that hold the numbers: of DTensors, this process's shards; None for other subclasses of Tensor.
-
-    Also None for a DTensor with ``normalize_inverse``, which needs the norms of whole tensors.
-    """
+def operands(param: Tensor, grad: Tensor, state: dict[str, Any]) -> Operands | None:
+    """The tensors that hold the numbers: of DTensors, this process's shards; None for other subclasses of Tensor."""
     exp_avg, exp_avg_sq, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
     if type(param) in _PLAIN and type(grad) in _PLAIN:
         return param, grad, exp_avg, exp_avg_sq, step
     tensors = (param, grad, exp_avg, exp_avg_sq)
-    if normalize_inverse or not all(map(is_sharded, tensors)):
+    if not all(map(is_sharded, tensors)):
         return None
     placements = [getattr(tensor, "placements") for tensor in tensors]
     if any(placement != placements[0] for placement in placements):
         return None
-    shards = [getattr(tensor, "to_local")() for tensor in tensors]
+    shards = [*map(local_tensor, tensors)]
     if not all(type(shard) in _PLAIN for shard in shards):
         return None
     return shards[0], shards[1], shards[2], shards[3], step
@@ -39,6 +39,38 @@ def operands(param: Tensor, grad: Tensor, state: dict[str, Any], normalize_inver
 def is_sharded(param: Tensor) -> bool:
     """Whether this is a DTensor, told by its method, since its module is slow to import."""
     return hasattr(type(param), "to_local")
+
+
+def addresses_of(tensors: Iterable[Tensor]) -> array[int]:
+    """Where in memory tensors begin, as 64-bit integers."""
+    return array("q", map(Tensor.data_ptr, tensors))
+
+
+def can_sum_over_shards(param: Tensor) -> bool:
+    """Whether :func:`sum_over_shards` knows how a parameter is distributed; plain tensors are whole."""
+    placements = getattr(param, "placements", ())
+    return all(placement.is_shard() or placement.is_replicate() for placement in placements)
+
+
+def sum_over_shards(sums: Tensor, params: list[Tensor]) -> None:
+    """Add up numbers over the processes that hold shards of a parameter: one reduction for all parameters.
+
+    Every process calls this with the same parameters in the same order, also where its shards are empty.
+
+    Args:
+        sums: one row per parameter, in place.
+        params: the parameters; those that are no DTensors, or are replicated, keep their row.
+    """
+    rows: dict[Any, list[int]] = {}
+    for row, param in enumerate(params):
+        for dim, placement in enumerate(getattr(param, "placements", ())):
+            if placement.is_shard():
+                rows.setdefault(getattr(param, "device_mesh").get_group(dim), []).append(row)
+    for group, own in rows.items():
+        part = sums if len(own) == len(sums) else sums[own]
+        torch.distributed.all_reduce(part, group=group)
+        if part is not sums:
+            sums[own] = part
 
 
 def same_layout(

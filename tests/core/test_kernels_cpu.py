@@ -5,6 +5,7 @@ import multiprocessing
 import tracemalloc
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,7 +102,8 @@ def test_result_does_not_depend_on_the_number_of_threads(options, threads):
 
 def test_threads_follow_torch(monkeypatch, threads):
     seen = []
-    monkeypatch.setattr(cpu, "load", lambda: (lambda *arguments: seen.append(arguments[4]), 1))
+    library = SimpleNamespace(dual_update=lambda *arguments: seen.append(arguments[4]))
+    monkeypatch.setattr(cpu, "load", lambda: (library, 1))
     params = _params((10,), torch.float32)
     optimizer = DualAdam(params)
     for count in (1, 3):
@@ -268,6 +270,7 @@ def test_the_kernel_brings_no_openmp_runtime_of_its_own(tmp_path):
 def test_a_kernel_built_from_other_sources_is_not_used(monkeypatch, caplog):
     assert cpu.load() is not None
     monkeypatch.setattr(cpu.zlib, "crc32", lambda data: 1)
+    cpu._library.cache_clear()
     cpu.load.cache_clear()
     try:
         param = torch.nn.Parameter(torch.ones(3))
@@ -278,6 +281,7 @@ def test_a_kernel_built_from_other_sources_is_not_used(monkeypatch, caplog):
         DualAdam([param]).step()
         assert not torch.equal(param, torch.ones(3))
     finally:
+        cpu._library.cache_clear()
         cpu.load.cache_clear()
 
 
@@ -316,20 +320,42 @@ def test_a_step_needs_less_than_a_mebibyte():
     assert peak < 2**20
 
 
-def test_shards_of_a_distributed_parameter_are_updated_in_place(kernel_only):
+@pytest.fixture
+def distribute():
+    """A function that shards a tensor over a mesh of one process."""
     distributed = pytest.importorskip("torch.distributed.tensor")
     if not hasattr(distributed, "distribute_tensor"):
         pytest.skip("needs torch 2.5: DTensor was private before")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        whole = _params((1000,), torch.float32)[0]
-        param = torch.nn.Parameter(distributed.distribute_tensor(whole.detach().clone(), mesh))
-        for p, to in ((whole, lambda x: x), (param, lambda x: distributed.distribute_tensor(x, mesh))):
-            p.grad = to(torch.full((1000,), 0.5))
-            DualAdam([p], lr=0.02, weight_decay=0.1).step()
-        assert torch.equal(param.to_local(), whole)
-        with pytest.raises(ValueError, match="Invalid fused: True.*norms of whole tensors"):
-            DualAdam([param], fused=True, normalize_inverse=True)
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    yield lambda x: distributed.distribute_tensor(x.detach().clone(), mesh, [distributed.Shard(0)])
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_of_a_distributed_parameter_are_updated_in_place(kernel_only, distribute):
+    whole = _params((1000,), torch.float32)[0]
+    param = torch.nn.Parameter(distribute(whole))
+    for p, to in ((whole, lambda x: x), (param, distribute)):
+        p.grad = to(torch.full((1000,), 0.5))
+        DualAdam([p], lr=0.02, weight_decay=0.1).step()
+    assert torch.equal(param.to_local(), whole)
+
+
+def test_shards_are_normalized_by_one_reduction_for_all_parameters(kernel_only, distribute, monkeypatch):
+    whole = _params((1000, 33, 0, 70), torch.float32)
+    shards = [torch.nn.Parameter(distribute(p)) for p in whole]
+    reductions = []
+    reduce = torch.distributed.all_reduce
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda x, **rest: reductions.append(x.shape) or reduce(x, **rest)
+    )
+    for params, to in ((whole, lambda x: x), (shards, distribute)):
+        groups = [{"params": params[:3], "normalize_inverse": True}, {"params": params[3:]}]
+        optimizer = DualAdam(groups, lr=0.02, switch_rate=0.3, fused=True)
+        for t in range(3):  # the last step is Adam's
+            for p in params:
+                p.grad = to(_numbers(p.numel(), 100 + t, torch.float32))
+            optimizer.step()
+    assert reductions == [(4, 2)] * 2
+    for p, own in zip(whole, shards):
+        torch.testing.assert_close(own.to_local(), p.detach(), rtol=1e-6, atol=1e-7)

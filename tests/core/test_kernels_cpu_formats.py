@@ -8,6 +8,7 @@ import torch
 
 from hf_dualadam import DualAdam, InvAdam
 from hf_dualadam.kernels import cpu
+from hf_dualadam.kernels.layout import operands
 
 pytestmark = pytest.mark.skipif(cpu.load() is None, reason="the CPU kernel is not built: no C compiler")
 
@@ -128,7 +129,8 @@ def test_states_that_do_not_fit_are_left_to_another_path():
         _gradients([param], 0)
         optimizer.step()
         optimizer.state[param][name] = broken
-        assert cpu._row((param, param.grad, optimizer.state[param]), optimizer.param_groups[0]) is None
+        item = param, param.grad, optimizer.state[param]
+        assert cpu.prepare(item, operands(*item), optimizer.param_groups[0]) is None
 
 
 def test_a_transposed_parameter_is_coded_by_its_own_rows():

@@ -27,8 +27,8 @@ if INTERPRETED:
 def kernel_only(monkeypatch):
     """Every tensor goes to the kernel, and the test fails if one is left to another path."""
     if INTERPRETED:
-        monkeypatch.setattr(cuda, "_is_here", operator.attrgetter("is_cpu"))
-        monkeypatch.setattr(kernels, "update", cuda.update)
+        monkeypatch.setattr(cuda, "is_here", operator.attrgetter("is_cpu"))
+        monkeypatch.setattr(kernels, "make_plan", lambda batches, tables: kernels.Plan(batches, [cuda], tables))
     monkeypatch.setattr(DualAdam, "_update", lambda *_: pytest.fail("a tensor was left to another path"))
 
 
@@ -111,7 +111,7 @@ def _count_launches(monkeypatch):
             launches.append(self.name)
             return self.kernel[grid]
 
-    for name in ("update_kernel", "norms_kernel", "norm_ratios_kernel", "step_scalars_kernel"):
+    for name in ("update_kernel", "norms_kernel", "norm_sums_kernel", "step_scalars_kernel"):
         monkeypatch.setattr(cuda.load(), name, Counted(name, getattr(cuda.load(), name)))
     return launches
 
@@ -140,8 +140,8 @@ def test_groups_dtypes_and_late_parameters_take_one_launch_per_dtype(monkeypatch
 
 def test_tables_are_sent_once_while_addresses_stay(monkeypatch):
     sent = []
-    upload = cuda._upload
-    monkeypatch.setattr(cuda, "_upload", lambda content, *rest: sent.append(len(content)) or upload(content, *rest))
+    send = cuda._on_device
+    monkeypatch.setattr(cuda, "_on_device", lambda numbers, device: sent.append(len(numbers)) or send(numbers, device))
     params = _params((5, 6))
     optimizer = DualAdam(params, capturable=True)
     _train(optimizer, params, steps=1)
@@ -153,15 +153,16 @@ def test_tables_are_sent_once_while_addresses_stay(monkeypatch):
 
 def test_shared_memory_is_left_to_the_loop_over_tensors(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(cuda, "_is_here", operator.attrgetter(f"is_{DEVICE}"))
     storage = torch.ones(100, device=DEVICE)
     params = [torch.nn.Parameter(storage[:60]), torch.nn.Parameter(storage[40:])]
     for p in params:
         p.grad = torch.ones_like(p)
-    optimizer = DualAdam(params)
-    items = optimizer._collect(optimizer.param_groups[0])
-    left = cuda.update([(optimizer.param_groups[0], items)])
-    assert [[item[0] for item in part] for _, part in left] == [[p] for p in params]
+    monkeypatch.setattr(cuda, "is_here", operator.attrgetter(f"is_{DEVICE}"))
+    monkeypatch.setattr(kernels, "make_plan", lambda batches, tables: kernels.Plan(batches, [cuda], tables))
+    left = []
+    monkeypatch.setattr(DualAdam, "_update", lambda self, group, items: left.append([item[0] for item in items]))
+    DualAdam(params).step()
+    assert [[id(p) for p in part] for part in left] == [[id(p)] for p in params]
 
 
 @needs_gpu
@@ -195,8 +196,9 @@ def test_nothing_is_compiled_as_lr_alpha_and_step_change():
 
 
 def _binaries(name):
-    caches = getattr(cuda.load(), name).device_caches
-    return next(iter(caches.values()))[0]
+    kernel = getattr(cuda.load(), name)
+    device = torch.cuda.current_device()
+    return kernel.device_caches[device][0] if hasattr(kernel, "device_caches") else kernel.cache[device]  # Triton 3.2
 
 
 @needs_gpu

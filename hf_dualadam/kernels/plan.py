@@ -1,0 +1,284 @@
+"""What one step of an optimizer does: worked out once, checked in every step, and made anew when anything has changed.
+
+A plan knows addresses, shapes and options, but holds no tensor of its optimizer, so it neither keeps memory alive nor
+goes stale unnoticed: each step looks at the parameters, gradients and states as they are then, through maps that run
+in C, and compares what it sees with what the plan was made for.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from itertools import chain, repeat
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..states import local_tensor
+from .layout import Operands, addresses_of, operands, overlapping
+
+Group = dict[str, Any]  # a parameter group
+Item = tuple[Tensor, Tensor, dict[str, Any]]  # parameter, gradient, state
+Batches = list[tuple[Group, list[Item]]]
+
+_PARAMS, _GRAD = operator.itemgetter("params"), operator.attrgetter("grad")
+# What a state may hold of a parameter besides, by format: corrections of 16-bit weights, scales of 8-bit moments.
+_CORRECTION, _SCALES = "weight_correction", ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
+_DTYPE, _PLACEMENTS = operator.attrgetter("dtype"), operator.attrgetter("placements")
+# The options that decide which path a group takes; the numbers of the formula are read in every step.
+_PATH = operator.itemgetter("fused", "foreach", "capturable", "normalize_inverse", "state_bits", "master_weight_bits")
+
+
+class Found(NamedTuple):
+    """The tensors of one part in one step: parameters as the optimizer has them, and their numbers in memory."""
+
+    owners: list[Tensor]
+    params: list[Tensor]
+    grads: list[Tensor]
+    grad_addresses: array[int]
+
+
+class Member(NamedTuple):
+    """A tensor of a part.
+
+    Attributes:
+        place: its place among the plan's parameters.
+        group: the index of its group.
+        operands: what a kernel reads and writes.
+        state: the parameter's state.
+        row: what the kernel's ``prepare`` has found out.
+    """
+
+    place: int
+    group: int
+    operands: Operands
+    state: dict[str, Any]
+    row: Any
+
+
+class Part:
+    """Tensors that a kernel updates together. Subclasses say how, in :meth:`run`.
+
+    Args:
+        members: the tensors.
+        sharded: whether the parameters are DTensors, of which the members are shards.
+        graph_tables: see :class:`Plan`.
+    """
+
+    def __init__(self, members: list[Member], sharded: bool, graph_tables: dict[Any, Any]) -> None:
+        self.places = [member.place for member in members]
+        self.groups = [member.group for member in members]
+        self.sharded = sharded
+        params, grads, exp_avgs, exp_avg_sqs, steps = zip(*(member.operands for member in members))
+        whole = all(tensor.is_contiguous() for tensor in chain(params, grads))
+        self._layout: Callable[[Tensor], Any] = Tensor.is_contiguous if whole else Tensor.stride
+        self._names = _names(members[0].state)
+        self._get = operator.itemgetter(*self._names)
+        self.numels = [param.numel() for param in params]
+        self.addresses = [*map(addresses_of, (params, exp_avgs, exp_avg_sqs, steps))]
+        self._grad_addresses = addresses_of(grads)
+        self.graph_tables = graph_tables
+        self._seen: list[Any] = []  # by the first look
+
+    def look(self, params: list[Tensor], grads: list[Tensor], state: dict[Tensor, Any]) -> Found | None:
+        """The tensors as they are now, if they still are what this part was made for.
+
+        Args:
+            params: the plan's parameters.
+            grads: their gradients.
+            state: the optimizer's state.
+        """
+        owners = [*map(params.__getitem__, self.places)]
+        own_grads = [*map(grads.__getitem__, self.places)]
+        states = [*map(state.__getitem__, owners)]
+        columns = [*zip(*map(self._get, states))]
+        seen: list[Any] = [[*map(id, column)] for column in columns]
+        if _CORRECTION not in self._names:
+            seen.append(True in map(dict.__contains__, states, repeat(_CORRECTION)))
+        shards = owners
+        if self.sharded:
+            seen.append([*map(_PLACEMENTS, own_grads)])
+            shards, own_grads = [*map(local_tensor, owners)], [*map(local_tensor, own_grads)]
+            columns = [tuple(map(local_tensor, column)) for column in columns]
+            seen += [[*map(type, tensors)] for tensors in (shards, own_grads, *columns)]
+        seen += map(addresses_of, (shards, *columns))
+        seen += [[*map(Tensor.numel, tensors)] for tensors in (shards, own_grads, *columns)]
+        seen += [[*map(self._layout, tensors)] for tensors in (shards, own_grads)]
+        seen += [[*map(_DTYPE, own_grads)], True in map(Tensor.is_neg, own_grads)]
+        if not self._seen:
+            self._seen = seen
+        elif seen != self._seen:
+            return None
+        addresses = addresses_of(own_grads)
+        if addresses != self._grad_addresses:
+            if [*map(Tensor.get_device, own_grads)] != [*map(Tensor.get_device, shards)]:
+                return None
+            self._grad_addresses = addresses
+        return Found(owners, shards, own_grads, addresses)
+
+    def run(self, found: Found, groups: list[Group]) -> None:
+        """Count the step and update.
+
+        Args:
+            found: what :meth:`look` has just returned.
+            groups: the optimizer's parameter groups.
+        """
+        raise NotImplementedError
+
+
+class Kernel(Protocol):
+    """What a plan asks of a module with a kernel."""
+
+    Part: type[Part]
+
+    def is_here(self, param: Tensor) -> bool:
+        """Whether the parameter is on a device of this kernel."""
+
+    def prepare(self, item: Item, tensors: Operands, group: Group) -> tuple[Hashable, Any] | None:
+        """A key that tensors share which one part can update, and what the part needs to know of this one.
+
+        None for tensors that the kernel cannot update.
+        """
+
+
+class Step(NamedTuple):
+    """What there is to do in one step: the tensors of each part, and the items of no part, by group."""
+
+    found: list[Found]
+    left: Batches
+
+
+class Plan:
+    """One step of an optimizer: parts for kernels, and the rest.
+
+    Args:
+        batches: per parameter group all its (param, grad, state) items, the states complete.
+        kernels: the modules with a kernel.
+        graph_tables: tables that captured graphs read, which outlive the plan.
+    """
+
+    def __init__(self, batches: Batches, kernels: Iterable[Any], graph_tables: dict[Any, Any]) -> None:
+        groups = [group for group, _ in batches]
+        self._paths = [*map(_PATH, groups)]
+        self._fused = [index for index, group in enumerate(groups) if allows_kernels(group)]
+        params = self._params(groups)
+        self._param_ids = [*map(id, params)]
+        self._grad_types = [*map(type, map(_GRAD, params))]
+        self._kernels = list(kernels)
+        self._dead: list[Any] = []  # weak references whose tensors are gone; until then, ids are unique
+        self._alive: list[Any] = []
+        self._others: dict[int, list[int]] = defaultdict(list)  # places, by group, of tensors without a kernel
+        self._shared: dict[int, list[int]] = defaultdict(list)  # of those that share memory, to be updated one by one
+        self._left: dict[int, list[int]] = defaultdict(list)  # of those that a kernel cannot take as they are now
+
+        places = {id(param): place for place, param in enumerate(params)}
+        parts: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
+        for index in self._fused:
+            for item in batches[index][1]:
+                place = places[id(item[0])]
+                kernel = self._kernel_of(item[0])
+                tensors, prepared = _prepare(kernel, item, groups[index])
+                if kernel is None or tensors is None or prepared is None:
+                    (self._others if kernel is None else self._left)[index].append(place)
+                else:
+                    sharded, (kind, row) = tensors[0] is not item[0], prepared
+                    key = kernel, sharded, _names(item[2]), kind
+                    parts[key].append(Member(place, index, tensors, item[2], row))
+        self._take_out_shared_memory(parts)
+        for members in parts.values():
+            for member in members:
+                own = map(member.state.__getitem__, _names(member.state))
+                self._alive += [weakref.ref(tensor, self._dead.append) for tensor in own]
+        self._alive += [weakref.ref(param, self._dead.append) for param in params]
+        self._parts: list[Part] = [
+            kernel.Part(members, sharded, graph_tables) for (kernel, sharded, *_), members in parts.items() if members
+        ]
+
+    def look(self, groups: list[Group], state: dict[Tensor, Any], collect: Callable[..., list[Item]]) -> Step | None:
+        """Look at everything that could have changed.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            state: its state.
+            collect: ``collect(group, params)`` completes the states and returns the items of params with a gradient.
+
+        Returns:
+            What there is to do, or None if the plan does not fit any longer.
+        """
+        if self._dead or [*map(_PATH, groups)] != self._paths:
+            return None
+        params = self._params(groups)
+        if [*map(id, params)] != self._param_ids:
+            return None
+        grads = [*map(_GRAD, params)]
+        if [*map(type, grads)] != self._grad_types:
+            return None
+        found = []
+        try:
+            for part in self._parts:
+                tensors = part.look(params, grads, state)
+                if tensors is None:
+                    return None
+                found.append(tensors)
+        except (KeyError, TypeError, RuntimeError):  # part of a state is missing or no tensor, a gradient is sparse
+            return None
+        left = [(group, collect(group, group["params"])) for i, group in enumerate(groups) if i not in self._fused]
+        for places in (self._others, self._shared, self._left):
+            for index, own in places.items():
+                group = groups[index]
+                items = collect(group, [*map(params.__getitem__, own)])
+                if places is self._left and any(self._can_be_taken(item, group) for item in items):
+                    return None
+                left += [(group, items)] if places is self._others else [(group, [item]) for item in items]
+        return Step(found, left)
+
+    def run(self, step: Step, groups: list[Group]) -> None:
+        """Count the step and update the tensors of all parts.
+
+        Args:
+            step: what :meth:`look` has just returned.
+            groups: the optimizer's parameter groups.
+        """
+        for part, found in zip(self._parts, step.found):
+            part.run(found, groups)
+
+    def _params(self, groups: list[Group]) -> list[Tensor]:
+        """The parameters of the groups that allow kernels."""
+        return [*chain.from_iterable(map(_PARAMS, map(groups.__getitem__, self._fused)))]
+
+    def _kernel_of(self, param: Tensor) -> Any:
+        return next((kernel for kernel in self._kernels if kernel.is_here(param)), None)
+
+    def _can_be_taken(self, item: Item, group: Group) -> bool:
+        return _prepare(self._kernel_of(item[0]), item, group)[1] is not None
+
+    def _take_out_shared_memory(self, parts: dict[tuple[Any, ...], list[Member]]) -> None:
+        """No two threads may update the same memory at once."""
+        members = [*chain.from_iterable(parts.values())]
+        params = [member.operands[0] for member in members]
+        sizes = array("q", (param.numel() * param.element_size() for param in params))
+        shared = {members[i].place for i in overlapping(addresses_of(params), sizes)}
+        for part in parts.values():
+            for member in part:
+                if member.place in shared:
+                    self._shared[member.group].append(member.place)
+            part[:] = [member for member in part if member.place not in shared]
+
+
+def allows_kernels(group: Group) -> bool:
+    """Whether the options of a group leave the choice of a path open, or force the kernel."""
+    return bool(group["fused"] or (group["fused"] is None and group["foreach"] is None))
+
+
+def _names(state: dict[str, Any]) -> tuple[str, ...]:
+    """The entries of a state that a kernel reads or writes."""
+    names = ("exp_avg", "exp_avg_sq", "step", _CORRECTION, *(() if state["exp_avg"].is_floating_point() else _SCALES))
+    return tuple(name for name in names if name in state)
+
+
+def _prepare(kernel: Any, item: Item, group: Group) -> tuple[Operands | None, tuple[Hashable, Any] | None]:
+    tensors = None if kernel is None else operands(*item)
+    return tensors, None if tensors is None else kernel.prepare(item, tensors, group)
