@@ -15,6 +15,7 @@ from ..diagnostics import InverseStatistics, inverse_statistics
 from ..functional import inverse_weight
 from ..gradient_release import GradientRelease, release_gradients, releases
 from ..optimizers import OPTIMIZERS, DualAdam
+from .modules import trained_module
 from .optim_args import parse_optim_args
 
 logger = logging.getLogger(__name__)
@@ -118,8 +119,8 @@ class DualAdamCallback(TrainerCallback):
             for key in ("switch_fraction", "planned_steps"):
                 group.pop(key, None)
         if _check_release(args) and model is not None:
-            self._release = release_gradients(model, inner)
-        elif model is not None and releases(model):
+            self._release = release_gradients(trained_module(model), inner)
+        elif releases(trained_module(model)):
             _refuse_what_excludes_release(args, "release_gradients()")
         if "switch_rate" in inner.defaults:
             self._report_switch(args, state, inner)
@@ -135,7 +136,7 @@ class DualAdamCallback(TrainerCallback):
 
     def _end_stale_releases(self, model: torch.nn.Module | None, inner: Any) -> None:
         """End what a training that was stopped by an error has left behind."""
-        for release in releases(model) if model is not None else ():
+        for release in releases(trained_module(model)):
             if release is self._release or release.optimizer is not inner:
                 release.remove()
         self._release = None

@@ -12,6 +12,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from ..optimizers import OPTIMIZERS
+from .modules import trained_module
 from .optim_args import parse_optim_args
 
 NAMED = 5  # parameters in the message
@@ -50,7 +51,7 @@ class StopOnNonFinite(TrainerCallback):
                 "gradients have been checked - should be used without."
             )
         self._forget()
-        for name, param in model.named_parameters():
+        for name, param in trained_module(model).named_parameters():
             if param.requires_grad:
                 self._hooks.append(param.register_post_accumulate_grad_hook(self._watch(name)))
 
@@ -63,7 +64,8 @@ class StopOnNonFinite(TrainerCallback):
             FloatingPointError: a gradient is not finite; the message names the first such parameters.
         """
         bad = _not_finite(self._largest)
-        left = _not_finite({name: _largest(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+        params = trained_module(model).named_parameters()
+        left = _not_finite({name: _largest(param.grad) for name, param in params if param.grad is not None})
         count = len(self._largest)
         self._largest.clear()
         if left:

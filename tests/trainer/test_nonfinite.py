@@ -1,5 +1,6 @@
 """Gradients that are not finite: the same outcome on every path, a warning in the first log, a callback that stops."""
 
+import functools
 import math
 
 import pytest
@@ -144,3 +145,39 @@ def test_not_with_loss_scaling(tmp_path):
     args.fp16 = True
     with pytest.raises(ValueError, match="StopOnNonFinite with fp16, whose loss scaling"):
         StopOnNonFinite().on_train_begin(args, None, None, model=TinyModel())
+
+
+class _Holder:
+    """A model that is no module, as setfit's."""
+
+    def __init__(self):
+        self.name, self.body = "holder", TinyModel()
+
+
+class _HoldingTrainer(Trainer):
+    """Tells its callbacks of the holder, as setfit's does."""
+
+    def create_scheduler(self, *args, **kwargs):
+        scheduler = super().create_scheduler(*args, **kwargs)
+        self.callback_handler.call_event = functools.partial(_call_event, self.callback_handler)
+        return scheduler
+
+
+def _call_event(handler, *args, **kwargs):
+    holder = _Holder()
+    holder.body, handler.model = handler.model, holder
+    try:
+        return type(handler).call_event(handler, *args, **kwargs)
+    finally:
+        handler.model = holder.body
+
+
+@pytest.mark.parametrize("optim", ["dualadam", "adamw_torch"])
+def test_a_model_that_is_no_module_is_watched_too(optim, tmp_path):
+    model = TinyModel()
+    model.layers[0].bias.register_hook(lambda grad: grad * torch.inf)
+    trainer = _HoldingTrainer(
+        model, _arguments(tmp_path, optim=optim), train_dataset=_data(), callbacks=[StopOnNonFinite()]
+    )
+    with pytest.raises(FloatingPointError, match="at step 1: first in layers.0.bias"):
+        trainer.train()
