@@ -263,10 +263,16 @@ def _training_arguments(
             "eval_steps": max(1, steps // EVALUATIONS),
         }
         | fixed,
-        # TRL turns both on, which is for large models on GPUs.
-        defaults=lambda given: {} if cls is TrainingArguments else {"bf16": False, "gradient_checkpointing": False},
+        defaults=lambda given: {} if cls is TrainingArguments else _plain_training(cls),
     )
     return args
+
+
+def _plain_training(cls: type[TrainingArguments]) -> dict[str, bool]:
+    """Without what TRL turns on, which is for large models on GPUs; Transformers has renamed one of the options."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {"bf16": False, checkpointing: False}
 
 
 def _scores(metrics: dict[str, float], metric: Metric, final: bool) -> dict[str, float]:

@@ -48,7 +48,7 @@ class Metric(NamedTuple):
     @property
     def unit(self) -> str:
         """Unit of a difference of the values shown."""
-        return "points" if self.is_fraction else ("nats" if self.name.endswith("loss") else f"of {self.words}")
+        return "points" if self.is_fraction else ("nats" if self.name.endswith("loss") else self.words)
 
 
 def known_direction(name: str) -> bool | None:

@@ -255,8 +255,7 @@ def _forest(axes: Axes, differences: list[Difference], metric: Metric) -> None:
     axes.axvline(0, color="0.6", linewidth=1, zorder=0)
     for row, difference in enumerate(differences):
         _bar(axes, row, *(metric.scale * value for value in (difference.mean, difference.low, difference.high)))
-    label = f"difference of {metric.words} [{metric.unit}]" if metric.is_fraction else f"difference {metric.unit}"
-    _name_rows(axes, [difference.optimizer for difference in differences], label)
+    _name_rows(axes, [difference.optimizer for difference in differences], f"difference [{metric.unit}]")
 
 
 def _bar(axes: Axes, row: int, mean: float, low: float, high: float) -> None:

@@ -27,6 +27,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hf_dualadam.finetuning.config import InputError
 from hf_dualadam.lab.baselines import BASELINES, OptimizerSetting, SAMTrainer, TrainerSAM
 from hf_dualadam.lab.comparison import COLUMNS, ComparisonArguments, make_comparison
+from hf_dualadam.lab.execution import Laboratory
 from hf_dualadam.lab.kind_runs import KindRuns, randomize_labels
 from hf_dualadam.lab.run_queue import MAX_CRASHES, RunQueue, open_storage
 from hf_dualadam.lab.significance import mean_interval, paired_differences, verdict
@@ -351,6 +352,23 @@ def test_label_noise_hits_the_share_and_nothing_else():
     assert 0.24 < changed < 0.3  # a tenth of the random labels are right by chance
     assert noisy["x"][:] == clean["x"][:] and noisy.features["label"] == features["label"]
     assert noisy["label"][:] == randomize_labels(clean, 0.3, 10)["label"][:]
+
+
+def test_language_models_are_compared_by_perplexity(tmp_path):
+    pytest.importorskip("trl")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    arguments = {"dataset_name": "embedded/texts", "new_tokenizer_size": 300, "max_train_samples": 30}
+    arguments |= {"model_config": {"model_type": "llama", "num_key_value_heads": 1, **sizes}, "max_eval_samples": 4}
+    arguments |= {"max_steps": 2, "max_length": 16, "use_cpu": True}
+    task = {"script": "clm", "learning_rate": 1e-2, "arguments": arguments}
+    comparison = make_comparison(comparison_arguments(tasks={"texts": task}))
+    laboratory = Laboratory(comparison, tmp_path)
+    result = laboratory.execute(comparison.run("texts", "dualadam", 1e-2, 0, "final"))
+    row = result["row"]
+    assert row["status"] == "ok" and not laboratory.metric("texts").greater_is_better
+    assert result["score"] == -row["selection_metric"] and row["heldout_metric"] > 1
+    assert row["gap_metric"] == pytest.approx(row["heldout_metric"] - row["train_metric"], rel=1e-3)
+    assert row["hessian_top_eigenvalue"] is not None
 
 
 # --- Statistics
