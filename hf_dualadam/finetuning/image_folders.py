@@ -12,10 +12,10 @@ from typing import NamedTuple
 from PIL import Image as PILImage
 
 from .config import InputError
+from .tables import SPLIT_NAMES
 
 logger = logging.getLogger(__name__)
 
-SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
 LAYOUT = "train, validation (or val, dev) and test with a folder per class in each, or a folder per class"
 
 

@@ -30,7 +30,7 @@ from .image_folders import read_split_folder, split_folders
 from .image_transform import ImageTransform, ImageView, eight_bits
 from .metrics import LocalMetric, compute_metrics_for, majority_baseline
 from .models import ModelArguments, load_config, loading, model_builder, model_order, processor_source, set_labels
-from .tables import Table, class_names, find_split
+from .tables import SPLIT_NAMES, Table, class_names, find_split
 from .tasks import Task, TaskKind
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ class ImageArguments(DataArguments):
         for split, folder in self.folders.items():
             if not Path(folder).is_dir():
                 raise InputError(f"{split}_dir: no such folder: {folder}")
+        if self.eval_split in SPLIT_NAMES["validation"]:
+            self.eval_split = "validation"
         if not 0 < self.train_val_split < 1:
             raise InputError(f"train_val_split: {self.train_val_split} is out of range, between 0 and 1 is needed")
         if not 0 < self.crop_min_scale <= 1:
@@ -111,7 +113,7 @@ class ImageArguments(DataArguments):
     def name(self) -> str:
         """Short name of the task for files and titles."""
         given = [self.dataset_name, self.data_dir, *self.folders.values(), *self.files.values()]
-        return next((Path(source).stem for source in given if source), "images")
+        return next((Path(source).resolve().stem for source in given if source), "images")
 
 
 class Images(NamedTuple):
@@ -188,7 +190,7 @@ def _load_splits(args: ImageArguments, model_args: ModelArguments, splits: set[s
         split: Images(datasets[name], _source_name(args, name)) for split, name in names.items() if name in datasets
     }
     for split in splits - set(found):
-        if split != "validation" or "train" not in found:
+        if split != "validation" or "train" not in found or args.eval_split != "validation":
             raise InputError(data.missing_split(args, names[split]))
     return found
 

@@ -91,6 +91,8 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
             except Exception as error:
                 raise InputError(self._first_failure(dataset, name, error)) from error
             left = super()._prepare_dataset(tokens, processing_class, args, packing, formatting_func, dataset_name)
+            # The mean loss of a batch without targets, such as empty texts, would be NaN.
+            left = left.filter(lambda row: any(label >= 0 for label in row["labels"][1:]))
             if self._beginning:  # later datasets are subsets of these
                 _say_what_is_left(name, tokens, left, args.max_length, packing)
             self._prepared[key] = left

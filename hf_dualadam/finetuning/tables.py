@@ -20,6 +20,8 @@ from .config import InputError
 
 logger = logging.getLogger(__name__)
 
+# Names of a split's file, its parts or its folder.
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
 EXTENSIONS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 LONGEST_FIELD = 2**31 - 1  # of csv and tsv, in characters
 QUOTED_AS_IN_CSV = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
@@ -202,15 +204,17 @@ def find_split(folder: Path, split: str) -> list[Path]:
         InputError: there are several files of the split, or some of its parts are missing.
     """
     found: dict[str, list[Path]] = {}
-    for extension in EXTENSIONS:
-        whole = folder / f"{split}{extension}"
-        if whole.is_file():
-            found[extension] = [whole]
-        pattern = re.compile(rf"{re.escape(split)}-(\d+)-of-(\d+){re.escape(extension)}")
-        parts = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
-        if parts:
-            _check_parts(folder, [pattern.fullmatch(path.name).groups() for path in parts])
-            found[f"parts {extension}" if extension in found else extension] = parts
+    for name in SPLIT_NAMES.get(split, (split,)):
+        for extension in EXTENSIONS:
+            start = "" if name == split else name
+            whole = folder / f"{name}{extension}"
+            if whole.is_file():
+                found[start + extension] = [whole]
+            pattern = re.compile(rf"{re.escape(name)}-(\d+)-of-(\d+){re.escape(extension)}")
+            parts = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+            if parts:
+                _check_parts(folder, [pattern.fullmatch(path.name).groups() for path in parts])
+                found[f"parts {start}{extension}" if start + extension in found else start + extension] = parts
     if len(found) > 1:
         raise InputError(f"{folder}: holds {split} as {' and as '.join(found)}; keep one, or set {split}_file")
     return next(iter(found.values()), [])

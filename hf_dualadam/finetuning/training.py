@@ -137,6 +137,8 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         lock.acquire()
     except Timeout:
         raise InputError(f"output_dir: another process is writing its run to {folder}; name another folder") from None
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        logger.warning(f"output_dir: {folder} cannot be locked against a second process: {error}")
 
 
 def _of_the_machine(error: Exception) -> bool:
@@ -254,7 +256,7 @@ def check_output_dir(args: TrainingArguments, overwrite_output_dir: bool = False
     """
     folder = Path(args.output_dir)
     check_writable(folder)
-    if (folder / LOCK).exists():
+    if args.should_save and (folder / LOCK).exists():  # the other processes of the job do not hold the lock
         lock = FileLock(folder / LOCK, timeout=0)
         _acquire(lock, folder)
         lock.release()

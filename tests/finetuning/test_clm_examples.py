@@ -98,6 +98,14 @@ def test_examples_without_targets_are_dropped_and_said(tmp_path, tokenizer, capl
     assert caplog.text.count("3 of 6 examples dropped") == 2
 
 
+@pytest.mark.parametrize("options", [["--packing", "false"], ["--block_size", "2"]])
+def test_rows_without_a_target_are_left_out(tmp_path, tokenizer, options):
+    trainer = trainer_of(
+        tmp_path, tokenizer, [{"text": text} for text in ("", "ab", "", "c")], [{"text": "ab"}], *options
+    )
+    assert all(len(ids) > 1 for ids in trainer.train_dataset["input_ids"])
+
+
 @pytest.mark.parametrize("long", ["train", "validation"])
 def test_nothing_to_learn_is_refused_before_training(tmp_path, tokenizer, long):
     good, bad = ([{"prompt": "p" * n, "completion": " yes"}] * 3 for n in (5, 90))

@@ -259,13 +259,21 @@ def test_splits_are_found_in_parts_and_in_one_format_only(tmp_path):
         (["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"], "parts of 1 and of 2"),
         (["train-00000-of-00001", "train"], "as .csv and as parts .csv"),
         (["train-00000-of-00001", "train-00001-of-00001"], "beyond"),
+        (["validation", "val"], "as .csv and as val.csv"),
+        (["dev", "val-00000-of-00001"], "as val.csv and as dev.csv"),
     ],
 )
 def test_parts_are_complete(tmp_path, names, message):
     for name in names:
         write_rows(tmp_path / f"{name}.csv", ROWS)
     with pytest.raises(InputError, match=message):
-        tables.find_split(tmp_path, "train")
+        tables.find_split(tmp_path, "train" if "train" in names[0] else "validation")
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "dev", "val-00000-of-00001"])
+def test_held_out_files_have_three_names(tmp_path, name):
+    write_rows(tmp_path / f"{name}.csv", ROWS)
+    assert len(tables.read_split(tmp_path, "validation")) == 2
 
 
 def test_parts_have_the_same_columns(tmp_path):

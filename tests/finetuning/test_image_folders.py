@@ -112,6 +112,15 @@ def test_other_layouts_are_refused_with_the_reason(tmp_path, names, message):
         built(tmp_path, splits=("train",))
 
 
+@pytest.mark.parametrize("eval_split", ["validation", "val", "dev"])
+def test_the_held_out_split_has_three_names(tmp_path, eval_split):
+    fill(tmp_path, ["train/a", "train/b", "val/a", "val/b"])
+    task = built(tmp_path, eval_split=eval_split)
+    assert (len(task.train_dataset), len(task.eval_datasets[""])) == (4, 4)
+    with pytest.raises(InputError, match="test"):
+        built(tmp_path, eval_split="test")
+
+
 def test_split_files_beside_split_folders_are_refused(tmp_path):
     fill(tmp_path, ["train/a", "train/b"])
     (tmp_path / "validation.parquet").write_text("x")
