@@ -149,8 +149,8 @@ static INLINE void read_moments(const Tensor *t, int64_t block, int64_t i, Buffe
     }
     *exp_avg = buffers->exp_avg;
     *exp_avg_sq = buffers->exp_avg_sq;
-    read_exp_avg(*exp_avg, (int8_t *)t->exp_avg + i, t->exp_avg_scale[block], n);
-    read_exp_avg_sq(*exp_avg_sq, (uint8_t *)t->exp_avg_sq + i, t->exp_avg_sq_min[block], t->exp_avg_sq_max[block], n);
+    read_codes(*exp_avg, *exp_avg_sq, (int8_t *)t->exp_avg + i, (uint8_t *)t->exp_avg_sq + i, t->exp_avg_scale[block],
+               t->exp_avg_sq_min[block], t->exp_avg_sq_max[block], n);
 }
 
 static INLINE void write_moments(const Tensor *t, int64_t block, int64_t i, const float *exp_avg,
@@ -160,9 +160,11 @@ static INLINE void write_moments(const Tensor *t, int64_t block, int64_t i, cons
         write_bfloat16((uint16_t *)t->exp_avg + i, exp_avg, n);
         write_bfloat16((uint16_t *)t->exp_avg_sq + i, exp_avg_sq, n);
     } else if (t->moments_dtype == CODES) {
-        write_exp_avg((int8_t *)t->exp_avg + i, &t->exp_avg_scale[block], exp_avg, step, n);
-        write_exp_avg_sq((uint8_t *)t->exp_avg_sq + i, &t->exp_avg_sq_min[block], &t->exp_avg_sq_max[block],
-                         exp_avg_sq, step, n);
+        const Coding coding = coding_of(exp_avg, exp_avg_sq, n);
+        t->exp_avg_scale[block] = coding.scale;
+        t->exp_avg_sq_min[block] = coding.min;
+        t->exp_avg_sq_max[block] = coding.max;
+        write_codes((int8_t *)t->exp_avg + i, (uint8_t *)t->exp_avg_sq + i, exp_avg, exp_avg_sq, &coding, step, n);
     }
 }
 

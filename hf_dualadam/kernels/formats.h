@@ -3,6 +3,8 @@
  * are used; n is the number of elements, at most BLOCK.
  */
 
+#define INFINITE 0x7f800000 /* bit pattern of an infinite float; those of NaN are larger */
+
 static INLINE float as_float(uint32_t bits)
 {
     float x;
@@ -124,72 +126,80 @@ static INLINE float dither(float step)
 
 /* ---- 8-bit moments ---- */
 
-static INLINE void read_exp_avg(float *restrict exp_avg, const int8_t *restrict codes, float scale, int64_t n)
-{
-    const float unit = scale * (float)(1.0 / (127 * 127));
-    for (int64_t i = 0; i < n; i++) {
-        const float q = codes[i];
-        exp_avg[i] = q * fabsf(q) * unit;
-    }
-}
-
-static INLINE void write_exp_avg(int8_t *restrict codes, float *restrict scale, const float *restrict exp_avg,
-                                 float step, int64_t n)
-{
-    int32_t largest = 0; /* bit patterns of positive floats sort like the floats, and NaN above them all */
-    for (int64_t i = 0; i < n; i++) {
-        const int32_t magnitude = as_bits(exp_avg[i]) & 0x7fffffff;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    *scale = as_float(largest);
-    const int finite = largest < 0x7f800000;
-    const uint32_t mask = finite ? 0x7fffffff : 0; /* in a block that is not finite, all codes are 0 */
-    const float codes_per_root = finite && largest ? 127 / sqrtf(*scale) : 0, offset = dither(step);
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = as_bits(exp_avg[i]);
-        const float position = sqrtf(as_float(bits & mask)) * codes_per_root;
-        const float shifted = position + (position < DITHERED_CODES ? offset : 0.5f);
-        const float magnitude = position < 1 ? 0 : shifted;
-        codes[i] = (int8_t)(int32_t)as_float(as_bits(magnitude) | (bits & 0x80000000)); /* rounds towards 0 */
-    }
-}
-
-/* Bit patterns per code. */
+/* Bit patterns per code of exp_avg_sq. */
 static INLINE int32_t code_width(int32_t low, int32_t high)
 {
     return (high - low) / 254 + 1;
 }
 
-static INLINE void read_exp_avg_sq(float *restrict exp_avg_sq, const uint8_t *restrict codes, float min, float max,
-                                   int64_t n)
+static INLINE void read_codes(float *restrict exp_avg, float *restrict exp_avg_sq, const int8_t *restrict avg_codes,
+                              const uint8_t *restrict sq_codes, float scale, float min, float max, int64_t n)
 {
+    const float unit = scale * (float)(1.0 / (127 * 127));
     const int32_t low = as_bits(min), width = code_width(low, as_bits(max));
     for (int64_t i = 0; i < n; i++) {
-        const uint32_t code = codes[i];
+        const float q = avg_codes[i];
+        exp_avg[i] = q * fabsf(q) * unit;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t code = sq_codes[i];
         exp_avg_sq[i] = as_float(code ? (uint32_t)low + (code - 1) * (uint32_t)width : 0);
     }
 }
 
-static INLINE void write_exp_avg_sq(uint8_t *restrict codes, float *restrict min, float *restrict max,
-                                    const float *restrict exp_avg_sq, float step, int64_t n)
+/* What turns the moments of a block into codes. */
+typedef struct {
+    float scale, min, max; /* as they are stored */
+    int32_t low;           /* bit pattern of min */
+    float codes_per_root, codes_per_bit;
+    uint32_t magnitude;    /* mask that takes the sign away, or all: codes of a block that is not finite are 0 */
+} Coding;
+
+static INLINE Coding coding_of(const float *restrict exp_avg, const float *restrict exp_avg_sq, int64_t n)
 {
-    int32_t high = 0;
-    uint32_t below = UINT32_MAX; /* one less than the smallest positive value: the one below 0 is the largest */
+    /* Bit patterns of positive floats sort like the floats, and NaN above them all. */
+    int32_t largest = 0, high = 0;
+    uint32_t below = UINT32_MAX; /* one less than the smallest positive pattern: the one below 0 is the largest */
     for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = as_bits(exp_avg_sq[i]) & 0x7fffffff; /* a NaN may have a sign */
-        high = (int32_t)bits > high ? (int32_t)bits : high;
-        below = bits - 1 < below ? bits - 1 : below;
+        const int32_t avg_bits = as_bits(exp_avg[i]) & 0x7fffffff, sq_bits = as_bits(exp_avg_sq[i]) & 0x7fffffff;
+        largest = avg_bits > largest ? avg_bits : largest;
+        high = sq_bits > high ? sq_bits : high;
+        below = (uint32_t)sq_bits - 1 < below ? (uint32_t)sq_bits - 1 : below;
     }
-    const int32_t smallest = below + 1, lowest = high < 0x7f800000 ? high - (OCTAVES << 23) : high;
+    const int finite = largest < INFINITE;
+    const int32_t smallest = below + 1, lowest = high < INFINITE ? high - (OCTAVES << 23) : high;
     const int32_t low = smallest < lowest ? lowest : smallest;
-    *min = as_float(low);
-    *max = as_float(high);
-    const float codes_per_bit = 1 / (float)code_width(low, high), offset = dither(step);
+    return (Coding){
+        .scale = as_float(largest),
+        .min = as_float(low),
+        .max = as_float(high),
+        .low = low,
+        .codes_per_root = finite && largest ? 127 / sqrtf(as_float(largest)) : 0,
+        .codes_per_bit = 1 / (float)code_width(low, high),
+        .magnitude = finite ? 0x7fffffff : 0,
+    };
+}
+
+static INLINE void write_codes(int8_t *restrict avg_codes, uint8_t *restrict sq_codes, const float *restrict exp_avg,
+                               const float *restrict exp_avg_sq, const Coding *coding, float step, int64_t n)
+{
+    const Coding c = *coding;
+    const float offset = dither(step);
+    int32_t wide_avg_codes[BLOCK] ALIGNED, wide_sq_codes[BLOCK] ALIGNED; /* narrowed afterwards: that makes better vectors */
     for (int64_t i = 0; i < n; i++) {
-        const int32_t bits = as_bits(exp_avg_sq[i]) & 0x7fffffff, clamped = bits > low ? bits : low;
-        const int32_t code = (int32_t)((float)(clamped - low) * codes_per_bit + offset);
-        codes[i] = (uint8_t)(bits ? (code < 254 ? code : 254) + 1 : 0);
+        const uint32_t avg_bits = as_bits(exp_avg[i]), sign = avg_bits & 0x80000000;
+        const float root = sqrtf(as_float(avg_bits & c.magnitude)) * c.codes_per_root;
+        const float rounded = root + (root < DITHERED_CODES ? offset : 0.5f), magnitude = root < 1 ? 0 : rounded;
+        wide_avg_codes[i] = (int32_t)as_float(as_bits(magnitude) | sign); /* rounds towards 0 */
+
+        const int32_t sq_bits = as_bits(exp_avg_sq[i]) & 0x7fffffff, clamped = sq_bits > c.low ? sq_bits : c.low;
+        const int32_t code = (int32_t)((float)(clamped - c.low) * c.codes_per_bit + offset);
+        wide_sq_codes[i] = sq_bits ? (code < 254 ? code : 254) + 1 : 0;
     }
+    for (int64_t i = 0; i < n; i++)
+        avg_codes[i] = (int8_t)wide_avg_codes[i];
+    for (int64_t i = 0; i < n; i++)
+        sq_codes[i] = (uint8_t)wide_sq_codes[i];
 }
 
 /* ---- 16-bit weights with a correction of 8 or 16 bits: from and to float ---- */
