@@ -223,8 +223,8 @@ def _encode_positive(x: Tensor, step: Any) -> tuple[Tensor, Tensor, Tensor]:
     low = torch.minimum(torch.maximum(low, high - OCTAVES * 2**23), high)
     low = torch.where(high < _INFINITE_BITS, low, high)
     above = (bits - low.unsqueeze(-1)).clamp_min_(0).float()
-    position = above * (1 / _code_width(low, high).float()) + dither(step, x.device)
-    codes = torch.where(bits > 0, position.floor_().clamp_(max=254).add_(1), 0.0)
+    position = above * (1 / _code_width(low, high).float()) + (1 + dither(step, x.device))
+    codes = torch.where(bits > 0, position.floor_().clamp_(max=255), 0.0)
     return codes.to(torch.uint8), low.view(torch.float32), high.view(torch.float32)
 
 

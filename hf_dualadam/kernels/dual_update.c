@@ -22,7 +22,7 @@ const uint32_t dual_update_sources = SOURCES_CHECKSUM;
 #define ALIGNED __attribute__((aligned(64)))
 #define BLOCK 128  /* elements that are read, updated and written at a time; of 8-bit moments, those of one scale */
 #define CHUNK 256  /* blocks that one thread takes at a time; p, g, m and v of one float32 chunk are 512 KiB */
-#define LANES 32   /* partial sums that squares are added up in: enough for several vectors */
+#define LANES (BLOCK / 4) /* partial sums that squares are added up in: enough for several vectors */
 #define OCTAVES 40 /* range of the codes of exp_avg_sq within a block */
 #define DITHERED_CODES 16 /* codes of exp_avg below this are not rounded to nearest */
 
@@ -220,15 +220,12 @@ static int64_t rest_of_row(const Tensor *t, int64_t block)
 static CLONES void update(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
 {
     int64_t i = first_element(t, begin), rest = rest_of_row(t, begin);
-    if (t->dtype == FLOAT64) {
-        const int64_t n = end == n_blocks(t) ? numel(t) - i : (end - begin) * BLOCK;
-        update_double((double *)t->param + i, (double *)t->grad + i, (double *)t->exp_avg + i,
-                      (double *)t->exp_avg_sq + i, n, s);
-        return;
-    }
     for (int64_t block = begin; block < end; block++) {
         const int64_t n = rest < BLOCK ? rest : BLOCK;
-        if (n == BLOCK) /* a length that the compiler knows */
+        if (t->dtype == FLOAT64)
+            update_double((double *)t->param + i, (double *)t->grad + i, (double *)t->exp_avg + i,
+                          (double *)t->exp_avg_sq + i, n, s);
+        else if (n == BLOCK) /* a length that the compiler knows */
             update_block(t, block, i, BLOCK, s);
         else
             update_block(t, block, i, n, s);
@@ -242,20 +239,18 @@ static CLONES void norms(const Tensor *t, int64_t begin, int64_t end, const Step
 {
     Squares squares ALIGNED = {{0}, {0}};
     int64_t i = first_element(t, begin), rest = rest_of_row(t, begin);
-    if (t->dtype == FLOAT64) {
-        const int64_t n = end == n_blocks(t) ? numel(t) - i : (end - begin) * BLOCK;
-        norms_double((double *)t->grad + i, (double *)t->exp_avg + i, (double *)t->exp_avg_sq + i, n, s, store,
-                     &squares);
-    } else
-        for (int64_t block = begin; block < end; block++) {
-            const int64_t n = rest < BLOCK ? rest : BLOCK;
-            if (n == BLOCK)
-                norms_block(t, block, i, BLOCK, s, store, &squares);
-            else
-                norms_block(t, block, i, n, s, store, &squares);
-            i += n;
-            rest = rest > BLOCK ? rest - BLOCK : t->row;
-        }
+    for (int64_t block = begin; block < end; block++) {
+        const int64_t n = rest < BLOCK ? rest : BLOCK;
+        if (t->dtype == FLOAT64)
+            norms_double((double *)t->grad + i, (double *)t->exp_avg + i, (double *)t->exp_avg_sq + i, n, s, store,
+                         &squares);
+        else if (n == BLOCK)
+            norms_block(t, block, i, BLOCK, s, store, &squares);
+        else
+            norms_block(t, block, i, n, s, store, &squares);
+        i += n;
+        rest = rest > BLOCK ? rest - BLOCK : t->row;
+    }
     sums[0] = sums[1] = 0;
     for (int lane = 0; lane < LANES; lane++) {
         sums[0] += squares.adam[lane];

@@ -136,15 +136,13 @@ static INLINE void read_codes(float *restrict exp_avg, float *restrict exp_avg_s
                               const uint8_t *restrict sq_codes, float scale, float min, float max, int64_t n)
 {
     const float unit = scale * (float)(1.0 / (127 * 127));
-    const int32_t low = as_bits(min), width = code_width(low, as_bits(max));
+    const uint32_t low = as_bits(min), width = code_width(low, as_bits(max)), below = low - width; /* of code 0 */
     for (int64_t i = 0; i < n; i++) {
         const float q = avg_codes[i];
         exp_avg[i] = q * fabsf(q) * unit;
     }
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t code = sq_codes[i];
-        exp_avg_sq[i] = as_float(code ? (uint32_t)low + (code - 1) * (uint32_t)width : 0);
-    }
+    for (int64_t i = 0; i < n; i++)
+        exp_avg_sq[i] = as_float(sq_codes[i] ? below + sq_codes[i] * width : 0);
 }
 
 /* What turns the moments of a block into codes. */
@@ -184,17 +182,18 @@ static INLINE void write_codes(int8_t *restrict avg_codes, uint8_t *restrict sq_
                                const float *restrict exp_avg_sq, const Coding *coding, float step, int64_t n)
 {
     const Coding c = *coding;
-    const float offset = dither(step);
-    int32_t wide_avg_codes[BLOCK] ALIGNED, wide_sq_codes[BLOCK] ALIGNED; /* narrowed afterwards: that makes better vectors */
+    const float offset = dither(step), offset_from_1 = 1 + offset;
+    int32_t wide_avg_codes[BLOCK] ALIGNED, wide_sq_codes[BLOCK] ALIGNED; /* narrowed afterwards: that vectorizes better */
     for (int64_t i = 0; i < n; i++) {
-        const uint32_t avg_bits = as_bits(exp_avg[i]), sign = avg_bits & 0x80000000;
-        const float root = sqrtf(as_float(avg_bits & c.magnitude)) * c.codes_per_root;
+        const uint32_t bits = as_bits(exp_avg[i]), sign = bits & 0x80000000;
+        const float root = sqrtf(as_float(bits & c.magnitude)) * c.codes_per_root;
         const float rounded = root + (root < DITHERED_CODES ? offset : 0.5f), magnitude = root < 1 ? 0 : rounded;
         wide_avg_codes[i] = (int32_t)as_float(as_bits(magnitude) | sign); /* rounds towards 0 */
 
-        const int32_t sq_bits = as_bits(exp_avg_sq[i]) & 0x7fffffff, clamped = sq_bits > c.low ? sq_bits : c.low;
-        const int32_t code = (int32_t)((float)(clamped - c.low) * c.codes_per_bit + offset);
-        wide_sq_codes[i] = sq_bits ? (code < 254 ? code : 254) + 1 : 0;
+        const int32_t sq_bits = as_bits(exp_avg_sq[i]), clamped = sq_bits > c.low ? sq_bits : c.low;
+        const float position = (float)(clamped - c.low) * c.codes_per_bit + offset_from_1;
+        const int32_t code = (int32_t)(sq_bits ? position : 0);
+        wide_sq_codes[i] = code < 255 ? code : 255;
     }
     for (int64_t i = 0; i < n; i++)
         avg_codes[i] = (int8_t)wide_avg_codes[i];

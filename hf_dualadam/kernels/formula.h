@@ -62,16 +62,24 @@ static INLINE void NAME(update)(REAL *params, const REAL *grads, REAL *exp_avgs,
         NAME(update_elements)(params, grads, exp_avgs, exp_avg_sqs, n, scalars, 0);
 }
 
-/* Adds the squares of m/d and of m*d of LANES or fewer elements; stores their m and v if `store`. */
-static INLINE void NAME(norms_of_lanes)(const REAL *restrict grads, REAL *restrict exp_avgs,
-                                        REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *s, int store,
-                                        Squares *restrict squares)
+/* Of one lane of a block. */
+static INLINE double NAME(sum_of_squares)(const REAL *x)
 {
-    REAL adam[LANES], inverse[LANES];
+    const double a = x[0], b = x[LANES], c = x[2 * LANES], d = x[3 * LANES];
+    return a * a + b * b + (c * c + d * d);
+}
+
+/* Adds the squares of m/d and of m*d of n elements, at most BLOCK; stores their m and v if `store`. They are added up
+ * in lanes, so that vectors are used and the order is the same for every instruction set and number of threads. */
+static INLINE void NAME(norms)(const REAL *restrict grads, REAL *restrict exp_avgs, REAL *restrict exp_avg_sqs,
+                               int64_t n, const StepScalars *scalars, int store, Squares *restrict squares)
+{
+    const StepScalars s = *scalars;
+    REAL adam[BLOCK] ALIGNED, inverse[BLOCK] ALIGNED;
     for (int64_t i = 0; i < n; i++) {
         REAL exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
-        NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, s);
-        const REAL denom = NAME(denominator)(exp_avg_sq, s);
+        NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);
+        const REAL denom = NAME(denominator)(exp_avg_sq, &s);
         adam[i] = exp_avg / denom;
         inverse[i] = exp_avg * denom;
         if (store) {
@@ -79,20 +87,10 @@ static INLINE void NAME(norms_of_lanes)(const REAL *restrict grads, REAL *restri
             exp_avg_sqs[i] = exp_avg_sq;
         }
     }
-    for (int64_t i = 0; i < n; i++) {
-        squares->adam[i] += (double)adam[i] * adam[i];
-        squares->inverse[i] += (double)inverse[i] * inverse[i];
+    for (int64_t i = n; i < BLOCK; i++)
+        adam[i] = inverse[i] = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        squares->adam[lane] += NAME(sum_of_squares)(adam + lane);
+        squares->inverse[lane] += NAME(sum_of_squares)(inverse + lane);
     }
-}
-
-/* Adds the squares of m/d and of m*d of n elements, in lanes, so that vectors are used and the order is the same for
- * every instruction set and number of threads. */
-static INLINE void NAME(norms)(const REAL *restrict grads, REAL *restrict exp_avgs, REAL *restrict exp_avg_sqs,
-                               int64_t n, const StepScalars *scalars, int store, Squares *restrict squares)
-{
-    const StepScalars s = *scalars;
-    const int64_t whole = n / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES)
-        NAME(norms_of_lanes)(grads + i, exp_avgs + i, exp_avg_sqs + i, LANES, &s, store, squares);
-    NAME(norms_of_lanes)(grads + whole, exp_avgs + whole, exp_avg_sqs + whole, n - whole, &s, store, squares);
 }
