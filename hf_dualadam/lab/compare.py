@@ -376,6 +376,10 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def run_command(argv: list[str] | None = None) -> None:
-    """:func:`main` as a program: errors of input are one line on stderr and exit status 2."""
+    """:func:`main` as a program: errors of input and Ctrl-C are one line on stderr, with exit status 2 and 130."""
     logging.getLogger("hf_dualadam").setLevel(logging.ERROR)  # its warnings are about single runs
-    run_main(lambda: main(argv))
+    try:
+        run_main(lambda: main(argv))
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -62,6 +62,10 @@ def write_report(folder: Path) -> Path:
         study = json.loads((folder / STUDY).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"output_dir: {folder} holds no results to report on ({error.filename} is missing)") from None
+    if "references" not in study:
+        raise InputError(
+            f"output_dir: {folder / STUDY} is of an older version; run the comparison again to report on it"
+        )
     if runs.empty:
         raise InputError(f"output_dir: no run of {folder} has finished yet")
     report = _Report(runs, study)
@@ -233,15 +237,23 @@ class _Report:
         )
         found = self.differences[task]
         references = [name for name in self._optimizers(data) if any(pair[1] == name for pair in found)]
-        yield _table(
-            {
+        scores = {
+            name: {
                 "optimizer": name,
                 "rate": f"{self._of_optimizer(data, name)['learning_rate'].iloc[0]:.3g}",
                 "held out": _interval(mean_interval(self._of_optimizer(data, name)["heldout_metric"]), metric.scale),
             }
-            | {f"to {reference}": _difference(found.get((name, reference)), metric) for reference in references}
             for name in self._optimizers(data)
-        )
+        }
+        differences = {
+            name: {f"to {reference}": _difference(found.get((name, reference)), metric) for reference in references}
+            for name in scores
+        }
+        if len(references) <= 2:
+            yield _table(scores[name] | differences[name] for name in scores)
+        else:  # two narrow tables
+            yield _table(scores.values())
+            yield _table({"optimizer": name} | differences[name] for name in scores)
         yield from self._measures(
             data,
             {
