@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         require_or_exit("compare")
         from .lab.compare import run_command
 
+        sys.argv[0] = "hf-dualadam compare"
         run_command(rest)
     elif args.target == "env":
         if rest:

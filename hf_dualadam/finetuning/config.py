@@ -383,6 +383,7 @@ def _read_command_line(
     parser = _Parser(
         list(dataclass_types),
         description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [CONFIG.yaml] [--key value ...]",
         conflict_handler="resolve",
         allow_abbrev=False,

@@ -202,7 +202,9 @@ class ComparisonArguments:
     """
 
     tasks: dict[str, Any] = field(default_factory=dict, metadata={"help": "Tasks by name (YAML)."})
-    optimizers: dict[str, Any] = field(default_factory=dict, metadata={"help": "Optimizers by name (YAML)."})
+    optimizers: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Names of optimizers, or settings by name (YAML)."}
+    )
     name: str = field(default="comparison", metadata={"help": "Name of the comparison in the storage and the report."})
     question: str = field(
         default="Does DualAdam generalize better than AdamW, and than AdamW with the same warm-up?",

@@ -19,6 +19,7 @@ pytest.importorskip("optuna")
 pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("statsmodels")
 
+from hf_dualadam import cli
 from hf_dualadam.finetuning.config import InputError
 from hf_dualadam.lab import compare
 from hf_dualadam.lab.comparison import ComparisonArguments, make_comparison
@@ -300,3 +301,25 @@ def test_trls_sft_module(tmp_path):
     assert row["selection_metric"] == row["heldout_metric"] == row["heldout_loss"] > 0
     assert [point["step"] for point in curves if "selection_loss" in point] == [2, 4]
     assert comparison.tasks["plain"].scored_by == ("loss", False)
+
+
+def test_the_launcher_has_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf-dualadam"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "--jobs", "0"])
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: jobs: 0 - should be at least 1\n"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and shown.startswith("usage: hf-dualadam compare [CONFIG.yaml]")
+    assert "\n    hf-dualadam compare configs/compare/quickstart.yaml\n" in shown and "--heldout_metric" in shown
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "main", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        compare.run_command([])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted: the same command resumes\n"
