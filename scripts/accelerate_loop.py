@@ -1,9 +1,9 @@
-"""A training loop of your own with Accelerate: DualAdam where AdamW stood, nothing else changes.
+"""A training loop with Accelerate in which DualAdam replaces AdamW.
 
     python scripts/accelerate_loop.py --mixed_precision bf16 --gradient_accumulation_steps 2
     accelerate launch scripts/accelerate_loop.py
 
-A small network learns the 8x8 digits of scikit-learn: 1,437 images to train on, 360 held out. A few seconds on a CPU.
+A small network learns the 8x8 digits of scikit-learn: 1,437 training images, 360 held out. Takes seconds on a CPU.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv=None):
     test = DataLoader(TensorDataset(test_x, test_y), batch_size=256)
     model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
 
-    train, test = accelerator.prepare(train, test)  # first: it decides how many batches a process sees
+    train, test = accelerator.prepare(train, test)  # first, since it determines how many batches each process gets
     steps = args.epochs * -(-len(train) // args.gradient_accumulation_steps)
     switch_rate = min(1.0, 1 / (0.16 * steps))  # the inverse phase is the first 16 % of the steps
     optimizer = DualAdam(model.parameters(), lr=args.lr, weight_decay=0.01, switch_rate=switch_rate)
@@ -54,7 +54,7 @@ def main(argv=None):
     for epoch in range(args.epochs):
         model.train()
         for x, y in train:
-            with accelerator.accumulate(model):  # steps after the last batch of each group only
+            with accelerator.accumulate(model):  # the optimizer steps only after the last batch of each group
                 loss = functional.cross_entropy(model(x), y)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

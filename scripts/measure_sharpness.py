@@ -66,7 +66,7 @@ class SharpnessArguments:
             raise InputError(f"split: {self.split!r} is not one of train, validation")
         for name, (low, high) in RANGES.items():
             if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name}: {getattr(self, name)} is out of range, {low:g} to {high:g} is needed")
+                raise InputError(f"{name}: {getattr(self, name)} is out of range; should be {low:g} to {high:g}")
 
 
 def draw(distances, slices, path, title):

@@ -1,14 +1,14 @@
-"""Train a causal language model, on text or on instructions, and see how well it generalizes.
+"""Train a causal language model on text or instructions, and measure how well it generalizes.
 
     python scripts/run_clm.py configs/quickstart/clm.yaml
     python scripts/run_clm.py configs/clm/qwen_lora.yaml --train_file my_texts.jsonl --learning_rate 1e-4
 
-The YAML file is optional; its keys are the options below, and options given after it win. Examples have a column
-``text``, or ``prompt`` and ``completion`` (only the completion is learned), or ``messages`` of a chat; a .txt file
-holds texts separated by blank lines. Plain texts are joined into blocks of max_length (or block_size) tokens; with
-packing=false each is an example of its own, cut at max_length. TRL trains (extra [clm]), so its options of SFTConfig
-apply: max_length, packing, completion_only_loss and so on; use_peft=true trains LoRA adapters, load_in_4bit=true on a
-4-bit base (bitsandbytes).
+The YAML file is optional; its keys are the options below, and options on the command line override it. Examples have a
+column ``text``, or ``prompt`` and ``completion`` (only the completion is learned), or ``messages`` of a chat; a .txt
+file holds texts separated by blank lines. Plain texts are joined into blocks of max_length (or block_size) tokens;
+with packing=false each text is one example, truncated to max_length. Training uses TRL (extra [clm]), so the options
+of SFTConfig apply: max_length, packing, completion_only_loss and so on. use_peft=true trains LoRA adapters, and
+load_in_4bit=true quantizes the base model to 4 bits (bitsandbytes).
 """
 
 from hf_dualadam.extras import require_or_exit
@@ -24,11 +24,11 @@ from hf_dualadam.finetuning.training import RunArguments, check_output_dir, deco
 
 
 def defaults(given):
-    # TRL's own defaults are for large models on GPUs that know bfloat16: not on a CPU.
+    # TRL's defaults are for large models on GPUs with bfloat16.
     on_gpu = torch.cuda.is_available()
     values = {"bf16": on_gpu and torch.cuda.is_bf16_supported(), "gradient_checkpointing": on_gpu}
     if given.get("packing") is False:
-        values["join_texts"] = False  # texts are asked to stay apart
+        values["join_texts"] = False  # keep texts separate
     return training_defaults(given) | values | {"output_dir": "outputs/clm"}
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a model on a GLUE task (or on other texts) and see how well it generalizes.
+"""Fine-tune a model on a GLUE task or other texts, and measure how well it generalizes.
 
     python scripts/run_glue.py configs/glue/sst2.yaml --learning_rate 5e-5 --optim adamw_torch
     python scripts/run_glue.py --task_name sst2 --data_dir path/to/sst2 --output_dir outputs/sst2

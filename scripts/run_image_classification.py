@@ -1,4 +1,4 @@
-"""Fine-tune an image classifier, or train one from scratch, and see how well it generalizes.
+"""Fine-tune an image classifier or train one from scratch, and measure how well it generalizes.
 
     python scripts/run_image_classification.py configs/vision/vit_small_cifar10.yaml --optim adamw_torch
     python scripts/run_image_classification.py configs/quickstart/vision.yaml --output_dir outputs/vision

@@ -1,6 +1,6 @@
-"""Causal language models: training on text and instruction tuning with TRL's SFTTrainer: arguments -> Task.
+"""Causal language models: training on text and instruction tuning with TRL's SFTTrainer; arguments -> Task.
 
-TRL tokenizes, packs, masks prompts and wraps models in LoRA; this module finds the data and a tokenizer.
+TRL tokenizes, packs, masks prompts and wraps models in LoRA; this module loads the data and the tokenizer.
 """
 
 import importlib.util
@@ -26,24 +26,24 @@ from .tasks import Task, TaskKind
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
-SPLIT_SEED = 0  # the held-out part is the same in every run
+SPLIT_SEED = 0  # the held-out split is the same in every run
 UNLIMITED = 2**31
 
 
 @dataclass
 class ClmArguments(DataArguments):
-    """Texts or prompts with completions, tokenizer and samples."""
+    """Options for the examples, the tokenizer and the samples."""
 
     validation_split_percentage: int = field(
         default=5,
         metadata={"help": "Percentage of the training examples to hold out where there are no held-out examples."},
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "By default the model's."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer; by default that of the model."})
     new_tokenizer_size: int | None = field(
         default=None,
         metadata={"help": "Train a byte-level BPE tokenizer with N tokens on the training texts, for a new model."},
     )
-    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a tokenizer of the tokenizers library."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a fast tokenizer (tokenizers library)."})
     block_size: int | None = field(
         default=None,
         metadata={"help": "Join texts into blocks of N tokens; by default max_length, at most what the model takes."},
@@ -51,13 +51,16 @@ class ClmArguments(DataArguments):
     join_texts: bool | None = field(
         default=None,
         metadata={
-            "help": "Join plain texts into blocks of max_length tokens (by default, without packing=true); otherwise "
-            "each text is an example, cut at max_length."
+            "help": "Join plain texts into blocks of max_length tokens (the default without packing=true); otherwise "
+            "each text is one example, truncated to max_length."
         },
     )
-    keep_linebreaks: bool = field(default=True, metadata={"help": "Keep the line breaks within texts of .txt files."})
+    keep_linebreaks: bool = field(default=True, metadata={"help": "Keep line breaks within the texts of .txt files."})
     generation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Prompts of the samples; by default from held-out examples."}
+        default=None, metadata={"help": "Prompts for the samples; by default taken from held-out examples."}
+    )
+    generation_samples: int = field(
+        default=3, metadata={"help": "Number of samples to generate after training and evaluation."}
     )
     generation_samples: int = field(default=3, metadata={"help": "Number of samples after training and evaluation."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length of a sample in tokens."})
@@ -76,9 +79,9 @@ class ClmArguments(DataArguments):
             ranges["new_tokenizer_size"] = (258, 2**20)  # the 256 bytes and two special tokens
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name}: {getattr(self, name)} is out of range, {low} to {high} is needed")
+                raise InputError(f"{name}: {getattr(self, name)} is out of range; should be {low} to {high}")
         if self.tokenizer_name and self.new_tokenizer_size:
-            raise InputError("tokenizer_name and new_tokenizer_size: give one of them, not both")
+            raise InputError("tokenizer_name and new_tokenizer_size: set only one of them")
 
 
 def build(
@@ -93,13 +96,13 @@ def build(
 
     Args:
         args: data, tokenizer and samples.
-        model_args: which model.
-        trl_args: TRL's options of models: dtype, LoRA, quantization.
-        training_args: TRL's and Trainer's options of training.
-        splits: those needed, of "train" and "validation".
+        model_args: the model.
+        trl_args: TRL's model options: dtype, LoRA, quantization.
+        training_args: training options of TRL and Trainer.
+        splits: the splits needed, of "train" and "validation".
 
     Raises:
-        InputError: something given cannot be used.
+        InputError: an argument or a file cannot be used.
     """
     _check_model_arguments(model_args, trl_args)
     if "test" in splits:
@@ -110,7 +113,7 @@ def build(
     plain = plain and "prompt" not in next(iter(datasets.values())).column_names
     join_texts = plain and (not training_args.packing if args.join_texts is None else args.join_texts)
     if args.block_size is not None and not join_texts:
-        raise InputError("block_size: only for plain texts that are joined; others are cut at max_length")
+        raise InputError("block_size: allowed only for plain texts that are joined; other examples use max_length")
     tokenizer = load_tokenizer(args, model_args, datasets.get("train"))
     changes = {}
     if model_args.new_config:
@@ -119,7 +122,7 @@ def build(
     config = load_config(model_args, **changes)
     text_config = config.get_text_config()
     if len(tokenizer) > getattr(text_config, "vocab_size", len(tokenizer)):
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model only {text_config.vocab_size}")
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, but the model only {text_config.vocab_size}")
     positions = getattr(text_config, "max_position_embeddings", None)
     kwargs: dict[str, Any] = {"dtype": trl_args.dtype, "attn_implementation": trl_args.attn_implementation}
     if quantization_config := get_quantization_config(trl_args):
@@ -150,16 +153,16 @@ def build(
 def load_examples(
     args: ClmArguments, splits: set[str], text_column: str, **kwargs: Any
 ) -> tuple[dict[str, Dataset], dict[str, str]]:
-    """Examples by split, with the columns that TRL wants and the rows' numbers; and the splits' names for messages.
+    """Load examples by split, with the columns TRL needs and row numbers; also return names of splits for messages.
 
     Args:
         args: the source; a .txt file holds texts separated by blank lines.
-        splits: "train", "validation"; a validation split that the source lacks is carved out of the training examples.
-        text_column: name of the column with plain texts, which TRL looks for last.
+        splits: "train", "validation"; a missing validation split is taken from the training examples.
+        text_column: the column of plain texts, which has the lowest priority.
         kwargs: for ``datasets.load_dataset``.
 
     Raises:
-        InputError: there is no such split, or no known set of columns, or something in them is not text.
+        InputError: a split is missing, has no known set of columns, or holds values that are not text.
     """
     tables = _load_tables(args, splits | {"train"}, **kwargs)
     if "train" not in tables and "train" in splits:
@@ -171,7 +174,7 @@ def load_examples(
         share = args.validation_split_percentage / 100
         if len(found["train"]) < 2:
             raise InputError(
-                f"{tables['train'].name}: one example only, nothing can be held out; give validation_file"
+                f"{tables['train'].name}: holds one example, so none can be held out; set validation_file"
             )
         parts = found["train"].train_test_split(test_size=share, seed=SPLIT_SEED)
         found = {"train": parts["train"], "validation": parts["test"]}
@@ -183,7 +186,7 @@ def load_examples(
 def load_tokenizer(
     args: ClmArguments, model_args: ModelArguments, train_dataset: Dataset | None
 ) -> PreTrainedTokenizerBase:
-    """The named tokenizer, the model's, or a new one.
+    """Load the named tokenizer or the model's, or train a new one.
 
     Raises:
         InputError: no tokenizer is named, it cannot be loaded or has no end-of-text token, or there is no text to
@@ -192,13 +195,13 @@ def load_tokenizer(
     if args.new_tokenizer_size:
         texts = [name for name in train_dataset.column_names if name != ROW] if train_dataset is not None else []
         if not texts or not all(isinstance(train_dataset[0][name], str) for name in texts):
-            raise InputError("new_tokenizer_size: needs training examples of plain text; give tokenizer_name")
+            raise InputError("new_tokenizer_size: needs training examples of plain text; set tokenizer_name instead")
         columns = (train_dataset[name] for name in texts)
         return train_tokenizer((text for column in columns for text in column), args.new_tokenizer_size)
     option = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
     name = args.tokenizer_name or processor_source(model_args, "tokenizer_config.json")
     if not name:
-        raise InputError("tokenizer_name: missing; a new model needs it, or new_tokenizer_size")
+        raise InputError("tokenizer_name: required for a new model, or new_tokenizer_size")
     with loading(option, name):
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(name), use_fast=args.use_fast_tokenizer, **model_args.hub_kwargs
@@ -209,11 +212,11 @@ def load_tokenizer(
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, which can write every text.
+    """Train a byte-level BPE tokenizer, which can represent any text.
 
     Args:
-        texts: what it is trained on.
-        size: number of tokens at most, the 256 bytes and two special tokens among them.
+        texts: the training texts.
+        size: largest number of tokens, including 256 bytes and two special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -238,11 +241,9 @@ def _check_model_arguments(model_args: ModelArguments, trl_args: ModelConfig) ->
         )
     quantized = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(trl_args, name)), None)
     if quantized and not model_args.model_name_or_path:
-        raise InputError(f"{quantized}: only for a pretrained model (model_name_or_path)")
+        raise InputError(f"{quantized}: allowed only for a pretrained model (model_name_or_path)")
     if quantized and not trl_args.use_peft:
-        raise InputError(
-            f"{quantized}: quantized weights cannot be trained; give use_peft=true for LoRA on top of them"
-        )
+        raise InputError(f"{quantized}: quantized weights cannot be trained; set use_peft=true for LoRA")
     for option, package in ((quantized, "bitsandbytes"), ("use_peft" if trl_args.use_peft else None, "peft")):
         if option and importlib.util.find_spec(package) is None:
             raise InputError(f"{option}: needs the package {package}: pip install {package}")

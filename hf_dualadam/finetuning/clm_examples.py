@@ -19,11 +19,11 @@ CHAT_OPTIONS = ("tools", "chat_template_kwargs")
 
 
 def read_text(path: Path, *, keep_linebreaks: bool = True) -> Table:
-    """Texts separated by blank lines, or a text a line where there is no blank line.
+    """Read texts separated by blank lines, or one text per line if there is no blank line.
 
     Args:
         path: a .txt file in UTF-8.
-        keep_linebreaks: otherwise the lines of a text are joined with blanks.
+        keep_linebreaks: keep line breaks within a text; otherwise they become spaces.
 
     Raises:
         InputError: it cannot be read, or holds no text.
@@ -47,12 +47,12 @@ def examples(table: Table, text_column: str) -> Dataset:
     """The columns to learn from, the options of chats, and the row numbers.
 
     Args:
-        table: with prompt and completion, or messages, or ``text_column``; more columns are left out, and the log
-            says which.
-        text_column: the column of plain texts, which counts last.
+        table: with prompt and completion, or messages, or ``text_column``; other columns are dropped, which is
+            logged.
+        text_column: the column of plain texts, which has the lowest priority.
 
     Raises:
-        InputError: there is no known set of columns, or a row holds something else than is needed there.
+        InputError: there is no known set of columns, or a row has an unexpected value.
     """
     if "text" in table.columns and text_column not in table.columns and len(table.columns) == 1:
         text_column = "text"
@@ -76,7 +76,7 @@ def examples(table: Table, text_column: str) -> Dataset:
     found |= {name: _option(table, name) for name in options}
     unused = [name for name in table.columns if name not in found]
     if unused:
-        logger.info(f"{table.name}: the columns {', '.join(map(repr, columns))} are used, not {', '.join(unused)}")
+        logger.info(f"{table.name}: the columns {', '.join(map(repr, columns))} are used; {', '.join(unused)} are not")
     return Dataset.from_dict(found | {ROW: list(range(len(table)))})
 
 
@@ -84,13 +84,13 @@ def _check_chats(table: Table, column: str) -> None:
     for row, chat in enumerate(table.columns[column]):
         reason = None
         if not isinstance(chat, list) or not chat:
-            reason = f"{chat!r}, a list of messages is needed"
+            reason = f"{chat!r}; should be a list of messages"
         else:
             wrong = next((m for m in chat if not isinstance(m, dict) or not isinstance(m.get("role"), str)), None)
             if wrong is not None:
-                reason = f"the message {wrong!r}, an object with role and content is needed"
+                reason = f"the message {wrong!r}; should be an object with role and content"
         if reason:
-            raise InputError(f"{table.name}: column {column!r} holds {reason[:300]} in row {row}")
+            raise InputError(f"{table.name}: row {row}: column {column!r} holds {reason[:300]}")
 
 
 def _option(table: Table, name: str) -> list[Any]:
@@ -103,7 +103,7 @@ def _option(table: Table, name: str) -> list[Any]:
         if not isinstance(value, dict) or value.keys() != values[0].keys():
             keys = ", ".join(values[0]) or "none"
             raise InputError(
-                f"{table.name}: column {name!r} holds {value!r} in row {row}; needed: an object with the keys of "
+                f"{table.name}: column {name!r} holds {value!r} in row {row}; should be an object with the keys of "
                 f"row 0, {keys}"
             )
     return values

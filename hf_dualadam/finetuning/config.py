@@ -1,8 +1,8 @@
-"""One YAML file and command-line overrides -> checked dataclasses, the same way for every script.
+"""Read one YAML file and command-line overrides into checked dataclasses, for every script.
 
 ``python scripts/run_glue.py configs/glue/sst2.yaml --learning_rate 5e-5 --optim adamw_torch``: the YAML file is
-optional and comes first, every key of it can be given on the command line and the other way round, and a key that no
-dataclass declares, or a value of the wrong type, is an error before anything else happens.
+optional and comes first. The file and the command line take the same keys. A key that no dataclass declares, or a
+value of the wrong type, is an error before anything else happens.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from transformers.training_args import trainer_log_levels
 
 from ..trainer import OPTIMIZERS, parse_optim_args
 
-# Options of Transformers' example scripts, and of older TrainingArguments, under other names here.
+# Options of Transformers' example scripts and of older TrainingArguments that have other names here.
 RENAMED = {
     "torch_dtype": "dtype",
     "preprocessing_num_workers": "dataset_num_proc",
@@ -40,12 +40,12 @@ RENAMED = {
 }
 # Options that do not exist here, and what to do instead. They are ignored where they are false or null.
 INSTEAD = {
-    "streaming": "examples are read whole; max_train_samples takes fewer",
-    "use_auth_token": "give token, or log in with `hf auth login`",
-    "low_cpu_mem_usage": "leave it out, models are always loaded so",
-    "block_size": "give max_seq_length (run_glue.py); run_clm.py has block_size",
-    "max_seq_length": "give max_length or block_size (run_clm.py); run_glue.py has max_seq_length",
-    "preprocessing_num_workers": "leave it out, examples are prepared in one process",
+    "streaming": "examples are loaded completely; use max_train_samples for fewer",
+    "use_auth_token": "set token, or log in with `hf auth login`",
+    "low_cpu_mem_usage": "remove it, models are always loaded this way",
+    "block_size": "use max_seq_length (run_glue.py) or block_size (run_clm.py)",
+    "max_seq_length": "use max_length or block_size (run_clm.py), or max_seq_length (run_glue.py)",
+    "preprocessing_num_workers": "remove it, examples are prepared in one process",
     "push_to_hub_model_id": "give hub_model_id",
     "push_to_hub_token": "give hub_token",
 }
@@ -53,7 +53,7 @@ DO_FLAGS = ("do_train", "do_eval", "do_predict")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; scripts print it as one line and exit with status 2."""
+    """An error in the user's input; scripts print it as one line and exit with status 2."""
 
 
 def training_defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def training_defaults(given: dict[str, Any]) -> dict[str, Any]:
         given: what the YAML file and the command line set, by name.
 
     Returns:
-        Values for keys which the user may have left out: DualAdam with an inverse phase of 16 % of the run,
+        Values for keys that the user has not set: DualAdam with an inverse phase of 16 % of the run,
         training and evaluation when none of do_train, do_eval and do_predict is given, logs and evaluations often
         enough for a learning curve, and no reporting integration.
     """
@@ -95,15 +95,15 @@ def parse(
 ) -> tuple[Any, ...]:
     """Read ``[CONFIG.yaml] [--key value ...]`` into one instance of each dataclass.
 
-    The file may be JSON (``.json``) as well. Options of Transformers' example scripts are taken under their names.
-    A key that several dataclasses declare goes to all of them. When the command line names another ``optim`` than the
-    file, the file's ``optim_args`` belong to the other optimizer and are left out.
+    The file may also be JSON (``.json``). Options of Transformers' example scripts are accepted under their names.
+    A key that several dataclasses declare is passed to all of them. When the command line names another ``optim`` than
+    the file, the ``optim_args`` of the file are ignored.
 
     Args:
-        dataclass_types: the dataclasses, ``TrainingArguments`` among them or not.
+        dataclass_types: the dataclasses, with or without ``TrainingArguments``.
         argv: the command line without the program's name; ``sys.argv[1:]`` by default.
-        defaults: gets the given values, returns values for keys that were not given (keys that no dataclass declares
-            are ignored).
+        defaults: takes the given values and returns values for other keys (keys that no dataclass declares are
+            ignored).
         description: text above the options in ``--help``.
 
     Returns:
@@ -145,7 +145,8 @@ def from_values(
 def check_type(name: str, value: Any, hint: Any) -> None:
     """Raise InputError unless ``value`` is of the annotated type ``hint``.
 
-    Whole numbers pass for fractional ones, an enumeration's values for its members; text never passes for a number.
+    Whole numbers are accepted for fractional ones, and values of an enumeration for its members; text is never
+    accepted for a number.
     """
     if not _matches(value, hint):
         note = ""
@@ -155,7 +156,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
             note = " (put it in quotes)"
         if isinstance(value, str) and _choices(hint):
             raise InputError(f"{name}: {value!r} is not {_describe(hint)}")
-        raise InputError(f"{name}: {value!r} is {_describe(type(value))}, but {_describe(hint)} is needed{note}")
+        raise InputError(f"{name}: {value!r} is {_describe(type(value))}, but should be {_describe(hint)}{note}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name}: {value} is not a finite number")
 
@@ -163,7 +164,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 def run_main(main: Callable[[], Any]) -> None:
     """Call a script's main function; a user error ends in one line on stderr and exit status 2.
 
-    What standard output cannot encode is printed as a question mark.
+    Characters that standard output cannot encode are printed as question marks.
     """
     _show_information()
     if hasattr(sys.stdout, "reconfigure"):
@@ -205,19 +206,19 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
         and field.name not in known
     ]
     if missing:
-        raise InputError(f"{', '.join(missing)}: required, but given neither in a YAML file nor as --{missing[0]}")
+        raise InputError(f"{', '.join(missing)}: required; set it in a YAML file or as --{missing[0]}")
     try:
         if issubclass(cls, TrainingArguments):
             known = _checked(known)
         return cls(**known)
     except InputError:
         raise
-    except Exception as error:  # TrainingArguments looks up names, opens files, converts numbers: many kinds
+    except Exception as error:  # many types: TrainingArguments looks up names, opens files, converts numbers
         raise InputError(f"{error}") from error
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """Refuse what TrainingArguments takes and what would fail, or train nonsense, much later."""
+    """Refuse values that TrainingArguments accepts but that would fail, or give nonsense, much later."""
     smallest = {
         "learning_rate": 0,
         "weight_decay": 0,
@@ -230,10 +231,10 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     smallest |= {"eval_accumulation_steps": 1, "neftune_noise_alpha": 0, "dataloader_num_workers": 0}
     for name, low in smallest.items():
         if values.get(name) is not None and not low <= values[name] < 2**32:
-            raise InputError(f"{name}: {values[name]} is out of range, at least {low} and below 2**32 is needed")
+            raise InputError(f"{name}: {values[name]} is out of range; should be at least {low} and below 2**32")
     epochs = values.get("num_train_epochs", 1)
     if not 0 < epochs < 2**32:
-        raise InputError(f"num_train_epochs: {epochs} is out of range, more than 0 is needed")
+        raise InputError(f"num_train_epochs: {epochs} is out of range; should be more than 0")
     for name in ("log_level", "log_level_replica"):
         if values.get(name, "passive") not in trainer_log_levels:
             raise InputError(f"{name}: {values[name]!r} is not one of {', '.join(trainer_log_levels)}")
@@ -245,9 +246,9 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bridge_versions(values: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
-    """Let the share of warm-up steps be given under either name.
+    """Accept the fraction of warm-up steps under either name.
 
-    Transformers 4.57 calls it ``warmup_ratio``; in 5 that is gone and ``warmup_steps`` below 1 means the same.
+    Transformers 4.57 calls it ``warmup_ratio``; Transformers 5 uses ``warmup_steps`` below 1 instead.
     """
     values = dict(values)
     if "warmup_ratio" in values and "warmup_ratio" not in hints:
@@ -297,7 +298,7 @@ def _read_config(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key not in hints and RENAMED.get(key) in hints:
             if RENAMED[key] in values:
-                raise InputError(f"{path}: {key} and {RENAMED[key]} mean the same; give one of them")
+                raise InputError(f"{path}: {key} and {RENAMED[key]} mean the same; set one of them")
             key = RENAMED[key]
         if key not in hints:
             if key in INSTEAD and value in (False, None):
@@ -330,14 +331,14 @@ def _load_json(text: str) -> Any:
 def _load_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except Exception as error:  # not YAMLError alone: `!!float ""` is an IndexError, [[[[... a RecursionError
+    except Exception as error:  # more than YAMLError: `!!float ""` is an IndexError, [[[[... a RecursionError
         raise ValueError(str(error)) from error
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """The safe loader with the scalars of YAML 1.2, which refuses a key that is given twice.
+    """The safe loader with the scalars of YAML 1.2; duplicate keys are refused.
 
-    In YAML 1.1, PyYAML's, 5e-05 is text, 010 is eight, 1:30 is ninety and no is false.
+    In PyYAML's YAML 1.1, 5e-05 is text, 010 is eight, 1:30 is ninety and no is false.
     """
 
     yaml_implicit_resolvers: typing.ClassVar[dict] = {}
@@ -350,7 +351,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_whole(self, node: yaml.ScalarNode) -> int:
-        """A whole number, in base 8 or 16 only where it says so."""
+        """A whole number; 0o and 0x mark bases 8 and 16."""
         text = self.construct_scalar(node)
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
@@ -371,7 +372,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_w
 
 
 class _Parser(HfArgumentParser):
-    """HfArgumentParser that returns only what was given, and raises InputError instead of printing its whole usage."""
+    """HfArgumentParser that returns only the given options, and raises InputError instead of printing its usage."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(message)
@@ -389,7 +390,9 @@ def _read_command_line(
         allow_abbrev=False,
     )
     if "warmup_ratio" in hints and "--warmup_ratio" not in parser._option_string_actions:
-        parser.add_argument("--warmup_ratio", type=float, help="Share of the steps with a rising learning rate.")
+        parser.add_argument(
+            "--warmup_ratio", type=float, help="Fraction of the steps over which the learning rate rises."
+        )
     for action in parser._actions:
         if action.dest not in hints:
             continue
@@ -399,29 +402,29 @@ def _read_command_line(
         action.help = action.help.strip().replace("%", "%%")  # argparse formats help texts
         action.default, action.required = argparse.SUPPRESS, False
         if _options(hints[action.dest]) == {bool, types.NoneType}:
-            action.nargs, action.const = "?", True  # --key alone is --key true, as for other switches
+            action.nargs, action.const = "?", True  # --key alone means --key true, as for other switches
         if action.type is int and action.dest == "warmup_steps":
-            action.type = float  # a share of the steps, on 4.57 too
+            action.type = float  # a fraction of the steps, also on 4.57
         if action.nargs in (None, "?") and _options(hints[action.dest]) & {dict, list}:
             action.type = _structured(action.type)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0]
         if not name.startswith("--"):
-            raise InputError(f"{unknown[0]!r} belongs to no option; a YAML file comes first, options are --key value")
+            raise InputError(f"{unknown[0]!r} belongs to no option; usage: [CONFIG.yaml] [--key value ...]")
         raise InputError(_unknown(name.lstrip("-").replace("-", "_"), hints))
     return vars(known)
 
 
 def _structured(convert: Callable[[str], Any] | None) -> Callable[[str], Any]:
-    """Read ``{a: 1}`` and ``[x, y]`` on the command line as YAML, everything else as before."""
+    """Read ``{a: 1}`` and ``[x, y]`` on the command line as YAML, everything else with ``convert``."""
 
     def read(text: str) -> Any:
         if text.lstrip()[:1] in ("{", "["):
             try:
                 return _load_yaml(text)
             except ValueError as error:
-                raise argparse.ArgumentTypeError(f"{text!r} is not readable as YAML: {error}") from error
+                raise argparse.ArgumentTypeError(f"{text!r} cannot be read as YAML: {error}") from error
         return convert(text) if isinstance(convert, types.FunctionType | type) else text
 
     return read
@@ -429,7 +432,7 @@ def _structured(convert: Callable[[str], Any] | None) -> Callable[[str], Any]:
 
 def _unknown(name: str, hints: dict[str, Any]) -> str:
     if name in INSTEAD:
-        return f"{name}: no option here: {INSTEAD[name]}"
+        return f"{name}: not an option here: {INSTEAD[name]}"
     close = difflib.get_close_matches(name, hints, n=3)
     return f"unknown option {name!r}" + (f", did you mean {' or '.join(close)}?" if close else " (--help lists all)")
 

@@ -1,9 +1,9 @@
 """Losses that do not depend on how a batch is split into micro-batches and among processes.
 
-Transformers 5's Trainer assumes of every model whose ``forward`` accepts ``**kwargs`` that it divides its loss by the
-number of items in the whole batch (``model_accepts_loss_kwargs``). Causal language models do. Classification heads
-return the mean over the micro-batch all the same, so that loss and gradients grow with gradient accumulation and the
-number of processes. AdamW hides it, as a constant factor cancels; clipping and the inverse update do not.
+Transformers 5's Trainer assumes that every model whose ``forward`` accepts ``**kwargs`` divides its loss by the number
+of items in the whole batch (``model_accepts_loss_kwargs``). Causal language models do, but classification heads return
+the mean over the micro-batch, so that loss and gradients grow with gradient accumulation and the number of processes.
+With AdamW the factor cancels; with clipping and the inverse update it does not.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ class ExactEvaluation(Trainer):
         return find_batch_size(inputs)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """Trainer's loop, with the mean loss over all items."""
+        """Run Trainer's loop, and replace the loss by the mean over all items."""
         # Sum of losses, items, examples.
         self._evaluated = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -75,7 +75,7 @@ class ExactEvaluation(Trainer):
 class ClassifierTrainer(ExactEvaluation):
     """Trains with the mean loss over the examples of the whole batch, however it is split.
 
-    For models whose loss is the mean over the examples they are given. A micro-batch counts by its number of examples.
+    For models whose loss is the mean over their examples. Micro-batches are weighted by their number of examples.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -83,7 +83,7 @@ class ClassifierTrainer(ExactEvaluation):
         self.model_accepts_loss_kwargs = False
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Trainer's micro-batches of one step, with the number of their examples on all processes."""
+        """Trainer's micro-batches of one step, with the number of their examples over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         examples = torch.tensor(sum(find_batch_size(batch) for batch in batches), device=device)
         return batches, self.accelerator.reduce(examples, "sum")
@@ -92,7 +92,7 @@ class ClassifierTrainer(ExactEvaluation):
         """The model's loss; in training, scaled by the micro-batch's number of examples over the mean number."""
         examples = find_batch_size(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if num_items_in_batch is not None:  # Trainer and the processes then take the mean over the parts
+        if num_items_in_batch is not None:  # Trainer and the processes then average over the parts
             parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss * (examples * parts / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

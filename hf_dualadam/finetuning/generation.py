@@ -13,7 +13,7 @@ from .training import Run
 
 logger = logging.getLogger(__name__)
 
-PROMPT_TOKENS = 24  # of a held-out text, for a sample to go on from
+PROMPT_TOKENS = 24  # length of the prompt taken from a held-out text
 FILE = "generation_results.json"
 
 
@@ -45,10 +45,10 @@ def generate_samples(
             sample = make()
             sample["generated"] = _complete(model, tokenizer, sample["prompt"], max_new_tokens)
             shown.append(sample)
-        except Exception as error:  # templates and models refuse prompts in many ways
+        except Exception as error:  # templates and models raise many types
             reasons.append(" ".join(str(error).split())[:200] or type(error).__name__)
     if reasons:
-        logger.warning(f"{len(reasons)} of {len(wanted)} samples are left out: {reasons[0]}")
+        logger.warning(f"{len(reasons)} of {len(wanted)} samples are skipped: {reasons[0]}")
     if shown and trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / FILE
         path.write_text(json.dumps(shown, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
@@ -102,7 +102,7 @@ def prompt_and_reference(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 
 
 def _content(message: dict[str, Any]) -> str:
-    """The text of a message, which may be null or in parts."""
+    """The text of a message, which may be null or a list of parts."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content)

@@ -118,7 +118,7 @@ class GlueArguments(DataArguments):
         if self.text_columns is not None and len(self.text_columns) not in (1, 2):
             raise InputError(f"text_columns: {self.text_columns} should be one or two columns")
         if self.max_seq_length < 1:
-            raise InputError(f"max_seq_length: {self.max_seq_length} is out of range, at least 1 is needed")
+            raise InputError(f"max_seq_length: {self.max_seq_length} is out of range; should be at least 1")
 
     @property
     def name(self) -> str:

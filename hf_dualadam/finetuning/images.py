@@ -1,4 +1,4 @@
-"""Image classification with any ``AutoModelForImageClassification``: arguments -> Task. Pillow is enough."""
+"""Image classification with any ``AutoModelForImageClassification``, with Pillow only: arguments -> Task."""
 
 import glob
 import io
@@ -38,39 +38,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageArguments(DataArguments):
-    """Which images, and how they are changed while training."""
+    """Options for the images and their augmentation."""
 
-    train_dir: str | None = field(default=None, metadata={"help": "Training images, a folder per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "Held-out images, a folder per class."})
-    test_dir: str | None = field(default=None, metadata={"help": "Images to predict, in a folder."})
-    image_processor_name: str | None = field(default=None, metadata={"help": "By default the model's."})
-    image_column_name: str | None = field(default=None, metadata={"help": "By default the first column of images."})
-    label_column_name: str = field(default="label", metadata={"help": "The column of the classes."})
+    train_dir: str | None = field(default=None, metadata={"help": "Training images, in one folder per class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Held-out images, in one folder per class."})
+    test_dir: str | None = field(default=None, metadata={"help": "Folder of images to predict."})
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Image processor; by default that of the model."}
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Image column; by default the first column of images."}
+    )
+    label_column_name: str = field(default="label", metadata={"help": "Column of the classes."})
     eval_split: str = field(
         default="validation",
         metadata={"help": "Which split to evaluate on; use test for data sets without a validation split (CIFAR)."},
     )
     train_val_split: float = field(
-        default=0.15, metadata={"help": "Share of the training images held out where there is no eval_split."}
+        default=0.15, metadata={"help": "Fraction of the training images to hold out if there is no eval_split."}
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Side of the images in pixels, for a new model whose configuration has none (ResNet)."},
+        metadata={"help": "Image size in pixels, for a new model whose configuration has none (ResNet)."},
     )
     augment: bool = field(default=True, metadata={"help": "Crop (and flip) training images at random."})
     crop_min_scale: float = field(
-        default=0.6, metadata={"help": "Smallest share of the image's area that a random crop keeps; 1 for no crop."}
+        default=0.6, metadata={"help": "Smallest fraction of the image's area in a random crop; 1 for no crop."}
     )
     crop_padding: int = field(
         default=0,
         metadata={"help": "Instead of crop_min_scale: pad by N pixels and crop at random, as is usual for CIFAR (4)."},
     )
     horizontal_flip: bool = field(
-        default=False, metadata={"help": "Mirror half of the training images: right for photos, wrong for digits."}
+        default=False, metadata={"help": "Mirror training images with probability 1/2: for photos, not for digits."}
     )
     check_images: bool = field(
         default=True,
-        metadata={"help": "Decode every image once before training; otherwise a broken one stops the run midway."},
+        metadata={"help": "Decode every image before training; otherwise a broken one stops the run later."},
     )
 
     def __post_init__(self):
@@ -82,29 +86,29 @@ class ImageArguments(DataArguments):
         if self.eval_split in SPLIT_NAMES["validation"]:
             self.eval_split = "validation"
         if not 0 < self.train_val_split < 1:
-            raise InputError(f"train_val_split: {self.train_val_split} is out of range, between 0 and 1 is needed")
+            raise InputError(f"train_val_split: {self.train_val_split} is out of range; should be between 0 and 1")
         if not 0 < self.crop_min_scale <= 1:
-            raise InputError(f"crop_min_scale: {self.crop_min_scale} is out of range, above 0 and at most 1 is needed")
+            raise InputError(f"crop_min_scale: {self.crop_min_scale} is out of range; should be above 0 and at most 1")
 
         if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"image_size: {self.image_size} is out of range, at least 1 is needed")
+            raise InputError(f"image_size: {self.image_size} is out of range; should be at least 1")
         if self.crop_padding < 0:
-            raise InputError(f"crop_padding: {self.crop_padding} is out of range, at least 0 is needed")
+            raise InputError(f"crop_padding: {self.crop_padding} is out of range; should be at least 0")
 
     @property
     def folders(self) -> dict[str, str]:
-        """The image folders given one by one, by split."""
+        """The image folders given as options, by split."""
         given = {"train": self.train_dir, "validation": self.validation_dir, "test": self.test_dir}
         return {split: folder for split, folder in given.items() if folder}
 
     @property
     def sources(self) -> list[str]:
-        """The options given that name a source of images; the folders count as one."""
+        """The given options that name a source of images; folders count as one source."""
         return super().sources + [f"{split}_dir" for split in self.folders][:1]
 
     @property
     def holds_folders(self) -> bool:
-        """Whether the images are in folders, which name their classes."""
+        """Whether the images are in folders, whose names are the classes."""
         if self.data_dir:
             return not any(find_split(Path(self.data_dir), split) for split in ("train", "validation", "test"))
         return bool(self.folders)
@@ -117,7 +121,7 @@ class ImageArguments(DataArguments):
 
 
 class Images(NamedTuple):
-    """One split as it was found, and its name in messages."""
+    """One split as loaded, with its name for messages."""
 
     dataset: Dataset
     name: str
@@ -130,7 +134,7 @@ def build(
     training_args: TrainingArguments | None = None,
     splits: Iterable[str] = ("train", "validation"),
 ) -> Task:
-    """Load and check the images; nothing is written but caches.
+    """Load and check the images; only caches are written.
 
     Args:
         args: images and augmentation.
@@ -183,7 +187,7 @@ def build(
 
 
 def _load_splits(args: ImageArguments, model_args: ModelArguments, splits: set[str]) -> dict[str, Images]:
-    """The splits asked for; the held-out images may be missing where there are training images."""
+    """The requested splits; without held-out images, training images are needed."""
     names = {split: args.eval_split if split == "validation" else split for split in splits}
     datasets = _load_datasets(args, model_args, set(names.values()))
     found = {
@@ -206,14 +210,16 @@ def _load_datasets(args: ImageArguments, model_args: ModelArguments, splits: set
     elif args.data_dir:
         beside = set(split_folders(Path(args.data_dir)).values()) - {Path(args.data_dir)}
         if beside:
-            raise InputError(f"{args.data_dir}: holds split files and the folder {min(beside).name!r}; keep one kind")
+            raise InputError(
+                f"{args.data_dir}: holds split files and the folder {min(beside).name!r}; keep one of them"
+            )
     if folders:
         return {split: _from_folder(folders[split], split, args) for split in splits if split in folders}
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if files:
         return {split: _from_parquet(paths, **hub) for split, paths in files.items()}
     if args.dataset_name is None:
-        raise InputError("no images: give data_dir, train_dir and validation_dir, or dataset_name")
+        raise InputError("no images: set data_dir, train_dir and validation_dir, or dataset_name")
     return data.load_hub(args.dataset_name, args.dataset_config_name, **hub)
 
 
@@ -225,10 +231,10 @@ def _from_folder(folder: Path, split: str, args: ImageArguments) -> Dataset:
 
 
 def _from_parquet(paths: list[Path], **kwargs: Any) -> Dataset:
-    """The images of parquet files; their names are no patterns."""
+    """Load the images of parquet files, whose names are not interpreted as patterns."""
     for path in paths:
         if path.suffix.lower() != ".parquet":
-            raise InputError(f"{path}: images are read from .parquet files and folders")
+            raise InputError(f"{path}: images can be read from .parquet files and folders")
     try:
         return load_dataset("parquet", data_files=[glob.escape(str(path)) for path in paths], **kwargs)["train"]
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -241,7 +247,7 @@ def _source_name(args: ImageArguments, split: str) -> str:
 
 
 def _infer_classes(args: ImageArguments, sources: dict[str, Images], config: PretrainedConfig) -> tuple[str, ...]:
-    """Class names as stored with the training images or as their labels say, else those of the model."""
+    """Class names from the training images (stored names or labels), else from the model."""
     column = args.label_column_name
     if "train" not in sources:
         return tuple(config.id2label[index] for index in range(config.num_labels))
@@ -252,12 +258,12 @@ def _infer_classes(args: ImageArguments, sources: dict[str, Images], config: Pre
         return tuple(sorted(set(dataset[column])))
     found = labels.infer_classes(_label_table(sources["train"], column), column)
     if found is None:
-        raise InputError(f"{sources['train'].name}: column {column!r} holds scores; classes are needed")
+        raise InputError(f"{sources['train'].name}: column {column!r} holds scores; should be classes")
     return tuple(found)
 
 
 def _label_table(source: Images, column: str) -> Table:
-    """The labels; the other columns by name alone, since reading them would decode every image."""
+    """The labels, and only the names of the other columns, since reading them would decode every image."""
     dataset = source.dataset
     columns = {name: dataset[name][:] if name == column else range(len(dataset)) for name in dataset.column_names}
     return Table(source.name, columns, class_names(dataset.features))
@@ -267,7 +273,7 @@ def _load_processor(name: str | None, args: ModelArguments, config: PretrainedCo
     """The one named, the pretrained model's, or for a new model a plain one: its size, values from -1 to 1."""
     own_size = getattr(config, "image_size", None)
     if image_size is not None and (args.model_name_or_path or own_size is not None):
-        raise InputError("image_size: only for a new model whose configuration has none; this one has its own")
+        raise InputError("image_size: allowed only for a new model whose configuration has no image size")
     if name:
         with loading("image_processor_name", name):
             return AutoImageProcessor.from_pretrained(name, **args.hub_kwargs)
@@ -277,7 +283,7 @@ def _load_processor(name: str | None, args: ModelArguments, config: PretrainedCo
             return AutoImageProcessor.from_pretrained(source, **args.hub_kwargs)
     size = own_size or image_size
     if size is None:
-        raise InputError(f"image_size: missing, and the configuration of {config.model_type} has none")
+        raise InputError(f"image_size: required, since the configuration of {config.model_type} has none")
     size = size if isinstance(size, list | tuple) else (size, size)
     halves = [0.5] * config.num_channels
     return ViTImageProcessor(size={"height": size[0], "width": size[1]}, image_mean=halves, image_std=halves)
@@ -286,7 +292,7 @@ def _load_processor(name: str | None, args: ModelArguments, config: PretrainedCo
 def _prepare(
     source: Images, args: ImageArguments, classes: tuple[str, ...], order: tuple[str, ...], *, to_predict: bool
 ) -> Dataset:
-    """Columns ``image``, ``row`` and, where there are any, ``label`` in the model's order."""
+    """Columns ``image``, ``row`` and, if there are labels, ``label`` in the model's order."""
     table = _label_table(source, args.label_column_name)
     column = _image_column(source, args)
     table.require([column] if to_predict else [column, args.label_column_name])
@@ -306,7 +312,7 @@ def _limit(dataset: Dataset, split: str, args: ImageArguments) -> Dataset:
 
 
 def _image_column(source: Images, args: ImageArguments) -> str:
-    """The column of images: the one named, else the first that is stored as such, else ``image`` or ``img``."""
+    """The image column: the named one, else the first of image type, else ``image`` or ``img``."""
     if args.image_column_name:
         return args.image_column_name
     features = source.dataset.features
@@ -329,7 +335,7 @@ def _check_images(dataset: Dataset, name: str) -> None:
             opened = PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
             opened.load()
             eight_bits(opened)
-        except Exception as error:  # Pillow's decoders raise many kinds
+        except Exception as error:  # Pillow's decoders raise many types
             where = " ".join(filter(None, [image and image["path"], f"(row {example['row']})"]))
             raise InputError(f"{name}: the image {where} cannot be decoded: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Model and configuration from a hub name, a folder, a mapping in the YAML, or an installed package."""
+"""Load model and configuration from the Hub, a folder, a mapping in the YAML file, or an installed package."""
 
 import contextlib
 import importlib.util
@@ -20,11 +20,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass
 class ModelArguments:
-    """Which model to fine-tune, or to train from scratch."""
+    """Options for the model to fine-tune or to train from scratch."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Pretrained model: a hub name, a folder, or embedded/minilm (extra [quickstart])."},
+        metadata={"help": "Pretrained model: a name on the Hub, a folder, or embedded/minilm (extra [quickstart])."},
     )
     model_config: dict[str, Any] | None = field(
         default=None,
@@ -41,21 +41,21 @@ class ModelArguments:
     )
     config_overrides: str | None = field(
         default=None,
-        metadata={
-            "help": "Changes of that configuration: n_embd=10,resid_pdrop=0.2 (model_config takes them as YAML)."
-        },
+        metadata={"help": "Changes to that configuration: n_embd=10,resid_pdrop=0.2 (or use model_config)."},
     )
     config_name: str | None = field(
         default=None,
-        metadata={"help": "Hub name or folder of the configuration; alone, a new model is trained from scratch."},
+        metadata={
+            "help": "Name on the Hub or folder of the configuration; without model_name_or_path, trains from scratch."
+        },
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where models and data from the hub are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder for models and data from the Hub."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     token: str | None = field(
-        default=None, metadata={"help": "Token for the hub; by default that of `hf auth login`."}
+        default=None, metadata={"help": "Token for the Hub; by default that of `hf auth login`."}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with a model on the hub. Only for sources you trust."}
+        default=False, metadata={"help": "Run code of a model on the Hub. Only for sources that you trust."}
     )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Reinitialize the head if its size in the checkpoint does not fit the task."}
@@ -65,20 +65,22 @@ class ModelArguments:
         """Check that the options fit together."""
         given = [name for name in ("model_name_or_path", "model_config") if getattr(self, name)]
         if len(given) == 2:
-            raise InputError("model_name_or_path and model_config: give one of them, not both")
+            raise InputError("model_name_or_path and model_config: set only one of them")
         if self.model_config and self.model_type:
-            raise InputError("model_type and model_config: give one of them; the latter has a key model_type")
+            raise InputError("model_type and model_config: set only one of them; model_config has a key model_type")
         if self.config_overrides and not self.new_config:
-            raise InputError("config_overrides: only with model_type, and not with model_name_or_path or config_name")
+            raise InputError(
+                "config_overrides: allowed only with model_type, without model_name_or_path and config_name"
+            )
 
     @property
     def new_config(self) -> bool:
-        """Whether the configuration is made here, from ``model_config`` or ``model_type``."""
+        """Whether the configuration is created from ``model_config`` or ``model_type``."""
         return bool(self.model_config or (self.model_type and not self.model_name_or_path and not self.config_name))
 
     @property
     def hub_kwargs(self) -> dict[str, Any]:
-        """The arguments that every ``from_pretrained`` takes."""
+        """Arguments for all ``from_pretrained`` functions."""
         return {
             "cache_dir": self.cache_dir,
             "revision": self.model_revision,
@@ -88,7 +90,7 @@ class ModelArguments:
 
 
 def load_config(args: ModelArguments, **changes: Any) -> PretrainedConfig:
-    """The model's configuration, with ``changes`` (labels, problem type) put in.
+    """The configuration of the model, with ``changes`` (labels, problem type) applied.
 
     Raises:
         InputError: no model is named, or ``model_config`` has an unknown model type or setting.
@@ -97,7 +99,7 @@ def load_config(args: ModelArguments, **changes: Any) -> PretrainedConfig:
         return _new_config(args, changes)
     name = args.config_name or adapter_base(args) or args.model_name_or_path
     if not name:
-        raise InputError("model_name_or_path: missing; give it, or model_config or config_name for a new model")
+        raise InputError("model_name_or_path: required, or model_config or config_name for a new model")
     with loading("config_name" if args.config_name else "model_name_or_path", name):
         config = AutoConfig.from_pretrained(resolve_model(name), **args.hub_kwargs, **changes)
     if args.model_type not in (None, config.model_type):
@@ -108,13 +110,13 @@ def load_config(args: ModelArguments, **changes: Any) -> PretrainedConfig:
 def model_builder(
     args: ModelArguments, config: PretrainedConfig, auto_class: Any, **kwargs: Any
 ) -> Callable[[], PreTrainedModel]:
-    """A function that returns a new model at each call: pretrained, or from scratch without ``model_name_or_path``.
+    """A function that returns a new model at each call, pretrained or (without ``model_name_or_path``) from scratch.
 
     Args:
-        args: which model.
+        args: the model.
         config: its configuration.
         auto_class: for example ``AutoModelForSequenceClassification``.
-        kwargs: more arguments of its ``from_pretrained``: dtype, quantization.
+        kwargs: further arguments of its ``from_pretrained``, such as dtype and quantization.
     """
 
     def build(trained: bool = False) -> PreTrainedModel:
@@ -152,7 +154,7 @@ def adapter_base(args: ModelArguments) -> str | None:
     """The base model of a folder that holds only an adapter (as ``use_peft`` writes it), or None for other models.
 
     Raises:
-        InputError: it is an adapter, and PEFT is not installed.
+        InputError: the folder holds an adapter, and PEFT is not installed.
     """
     folder = Path(args.model_name_or_path or "")
     whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")] if args.model_name_or_path else []
@@ -197,7 +199,7 @@ def model_order(classes: tuple[str, ...], config: PretrainedConfig) -> tuple[str
 
 
 def set_labels(config: PretrainedConfig, classes: tuple[str, ...]) -> None:
-    """Write the classes, none for a regression, and the kind of problem into a configuration."""
+    """Set class names (none for a regression) and problem type of a configuration."""
     config.id2label = dict(enumerate(classes)) or {0: "score"}
     config.label2id = {name: index for index, name in config.id2label.items()}
     config.problem_type = "single_label_classification" if classes else "regression"
@@ -205,7 +207,7 @@ def set_labels(config: PretrainedConfig, classes: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def loading(option: str, value: str) -> Iterator[None]:
-    """Turn a failure to load into one clear line: option, value, first line of the reason."""
+    """Turn loading errors into one line: option, value, first line of the reason."""
     try:
         yield
     except InputError:
@@ -218,7 +220,7 @@ def loading(option: str, value: str) -> Iterator[None]:
 
 
 def model_card_of_embedded(args: ModelArguments) -> dict[str, str]:
-    """What the model card says about the embedded model, whose folder's name says nothing."""
+    """Entries of the model card for the embedded model, whose folder name is meaningless."""
     if args.model_name_or_path != MINILM:
         return {}
     return {"finetuned_from": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0"}
@@ -234,7 +236,7 @@ def _new_config(args: ModelArguments, changes: dict[str, Any]) -> PretrainedConf
         known = AutoConfig.for_model(model_type)
     except ValueError:
         raise InputError(
-            f"{option}: model_type {model_type!r} is not known to transformers; bert or vit, for example, are"
+            f"{option}: model_type {model_type!r} is not known to transformers; examples: bert, vit"
         ) from None
     unknown = sorted(set(settings) - set(known.to_dict()))
     if unknown:
@@ -244,7 +246,7 @@ def _new_config(args: ModelArguments, changes: dict[str, Any]) -> PretrainedConf
         config = AutoConfig.for_model(model_type, **(changes | settings))
         for name in overridden:
             setattr(config, name, getattr(known, name))
-    except Exception as error:  # configurations check their settings in many ways
+    except Exception as error:  # configurations raise many types
         raise InputError(f"{option}: {model_type}: {error}") from error
     return config
 
@@ -257,7 +259,7 @@ def _override(config: PretrainedConfig, text: str) -> set[str]:
         if (twice := next((key for key in keys if keys.count(key) > 1), None)) is not None:
             raise ValueError(f"{twice!r} is given twice")
         if (bare := next((key for key, equals, _ in pairs if not equals), None)) is not None:
-            raise ValueError(f"{bare!r} has no value; key=value,... is needed")
+            raise ValueError(f"{bare!r} has no value; should be key=value,...")
         config.update_from_string(text)
     except (TypeError, ValueError) as error:
         raise InputError(f"config_overrides: {error}") from error

@@ -15,32 +15,32 @@ from .exact_loss import ExactEvaluation
 logger = logging.getLogger(__name__)
 
 TRL_METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
-# The column with the rows' numbers in their file.
+# The column of row numbers in the source file.
 ROW = "row"
 
 
 class PerplexityTrainer(ExactEvaluation, SFTTrainer):
-    """SFTTrainer whose evaluation is per token: loss and perplexity, and those of a unigram model beside them.
+    """SFTTrainer that evaluates loss and perplexity per token, also for a unigram model.
 
     Trainer averages the mean losses of batches; with texts of different lengths, or few completion tokens in a batch,
-    that is not the loss per token. TRL's own evaluation metrics (means over batches too) are left out.
+    that is not the loss per token. TRL's evaluation metrics, which are also means over batches, are omitted.
 
     Args:
         longest: the largest number of tokens that model and tokenizer support, or None; caps ``args.max_length``.
         join_texts: join texts into blocks of ``args.max_length`` tokens.
-        block_size: in place of ``args.max_length``.
-        names: files or hub splits of "train" and "validation", for messages.
-        prepared: keeps prepared examples for further trainers of the same task, options and tokenizer.
-        train_dataset: examples with a column :data:`ROW`, or None to evaluate only.
-        eval_dataset: the same, held out.
+        block_size: replaces ``args.max_length``.
+        names: files or splits of "train" and "validation", for messages.
+        prepared: cache of prepared examples for further trainers with the same task, options and tokenizer.
+        train_dataset: examples with a column :data:`ROW`, or None for evaluation only.
+        eval_dataset: held-out examples in the same form.
         args: TRL's arguments.
-        kwargs: those of SFTTrainer.
+        kwargs: further arguments of SFTTrainer.
 
     Raises:
-        InputError: an example cannot be prepared, or none is left.
+        InputError: an example cannot be prepared, or no example is left.
     """
 
-    unigram_perplexity: float | None = None  # on the tokens of the latest evaluation; None without training examples
+    unigram_perplexity: float | None = None  # for the tokens of the latest evaluation; None without training examples
 
     def __init__(
         self,
@@ -64,14 +64,14 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
             args.max_length = longest
         if join_texts:
             args.packing, args.packing_strategy = True, "wrapped"
-        # SFTTrainer wants training examples, even to evaluate only.
+        # SFTTrainer requires training examples, even for evaluation only.
         given = eval_dataset if train_dataset is None else train_dataset
         super().__init__(train_dataset=given, eval_dataset=eval_dataset, args=args, **kwargs)
         self._beginning = False
         if train_dataset is not None:
             rows = self.train_dataset[ROW] if ROW in self.train_dataset.column_names else None
             places = {row: place for place, row in enumerate(train_dataset[ROW])} if rows is not None else {}
-            # Which of the training examples are left; packing drops none.
+            # Indices of the remaining training examples; packing drops none.
             self.kept = [places[row] for row in rows] if rows is not None else list(range(len(train_dataset)))
             self._unigram_log_probs = self._fit_unigram_model()
 
@@ -113,7 +113,7 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
         return f"{name}: {reason}"
 
     def _fit_unigram_model(self) -> torch.Tensor:
-        """Log-probability of each token by its share of the training targets, every count raised by one."""
+        """Log-probability of each token from its frequency in the training targets, with add-one smoothing."""
         counts = torch.ones(len(self.processing_class), dtype=torch.float64)
         for labels in self.train_dataset.with_format("torch")["labels"]:
             counts += torch.bincount(labels[labels >= 0], minlength=len(counts))
@@ -146,23 +146,23 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
         return int((inputs["labels"][:, 1:] >= 0).sum())
 
     def count(self, inputs: dict[str, Any]) -> None:
-        """Add up the loss of the unigram model."""
+        """Accumulate the loss of the unigram model."""
         if self._unigram_log_probs is not None:
             targets = inputs["labels"][:, 1:]
             self._unigram_loss -= self._unigram_log_probs[targets[targets >= 0].cpu()].sum()
 
 
 def _say_what_is_left(name: str, whole: Dataset, left: Dataset, max_length: int | None, packing: bool) -> None:
-    """Log the share of tokens that is used, and how many examples are dropped.
+    """Log the fraction of tokens used and the number of dropped examples.
 
     Raises:
-        InputError: there is nothing to learn from.
+        InputError: no example is left.
     """
     targets = _count_targets(left)
     if not targets:
         lengths = [len(ids) for ids in whole["input_ids"]]
         raise InputError(
-            f"{name}: no example is left: within max_length={max_length} tokens there is nothing to learn; the "
+            f"{name}: no example is left: within max_length={max_length} tokens there are no targets; the "
             f"shortest of {len(lengths)} has {min(lengths, default=0)} tokens (row {_shortest(whole, lengths)})"
         )
     dropped = len(whole) - len(left)

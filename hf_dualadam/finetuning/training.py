@@ -1,4 +1,4 @@
-"""Trains and evaluates one task with one optimizer: the same code for the scripts and for comparisons.
+"""Train and evaluate one task with one optimizer, for the scripts and for comparisons.
 
 ``run(task, args)`` is the entry point. A comparison builds a :class:`Task` once and calls ``run`` for every
 optimizer, learning rate and seed with other ``TrainingArguments``; the trained model and the data stay within reach.
@@ -30,11 +30,11 @@ from .tasks import Task
 
 logger = logging.getLogger(__name__)
 
-# Prefix of the metrics measured on training examples after training. Trainer's own `train_loss` is something else: the
-# mean over all steps of the run, with dropout and augmentation on.
+# Prefix of the metrics measured on training examples after training. Trainer's `train_loss` is different: the
+# mean over all steps of the run, with dropout and augmentation.
 TRAIN_EVAL = "train_eval"
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-LOCK = ".run.lock"  # held by the process that writes to the output folder; the file stays
+LOCK = ".run.lock"  # locked by the process that writes to the output folder; the file is not deleted
 RUN_FILES = ("checkpoint-*", "*_results.json", "predict_results_*.txt", TRAINER_STATE, "training_args.bin")
 RUN_FILES += (
     "model*.safetensors",
@@ -47,18 +47,18 @@ RUN_FILES += (
 
 @dataclass
 class RunArguments:
-    """Options of the scripts about the run as a whole."""
+    """Options of the scripts for the whole run."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the run that output_dir holds; without it such a folder is refused."}
+        default=False, metadata={"help": "Replace an existing run in output_dir; otherwise such a folder is refused."}
     )
     stop_on_nonfinite: bool = field(
         default=False,
-        metadata={"help": "Stop before a step whose gradient is not finite, and name the parameters; not with fp16."},
+        metadata={"help": "Stop before a step with a non-finite gradient, and name the parameters; not with fp16."},
     )
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of :func:`run` that they stand for."""
+        """These options as keyword arguments of :func:`run`."""
         callbacks = [StopOnNonFinite()] if self.stop_on_nonfinite else []
         return {"overwrite_output_dir": self.overwrite_output_dir, "callbacks": callbacks}
 
@@ -68,9 +68,9 @@ class Run:
     """A finished run.
 
     Attributes:
-        metrics: everything that all_results.json holds.
+        metrics: the contents of all_results.json.
         trainer: with the trained ``model``, the ``optimizer`` and ``state.log_history``.
-        task: what was run.
+        task: the task of the run.
     """
 
     metrics: dict[str, float]
@@ -81,8 +81,8 @@ class Run:
 class _Start(TrainerCallback):
     """Separates errors before the first step (user errors) from later ones, and locks the output folder.
 
-    Optimizer, scheduler and data loaders are built only within ``Trainer.train``. Until the first step the run in
-    ``replaced`` stays as it is.
+    Optimizer, scheduler and data loaders are created only within ``Trainer.train``. Until the first step, the run in
+    ``replaced`` is not changed.
     """
 
     def __init__(self, args: TrainingArguments, replaced: Path | None):
@@ -91,13 +91,13 @@ class _Start(TrainerCallback):
 
     @contextlib.contextmanager
     def refusals(self):
-        """Turn an error of input before the first step into an InputError."""
+        """Turn errors before the first step into InputErrors."""
         try:
             yield
         except InputError:
             raise
-        except Exception as error:  # of as many kinds as Trainer has arguments
-            wrong_metric = "metric_for_best_model" in str(error)  # Trainer sees it at the first evaluation
+        except Exception as error:  # of many types, depending on the argument
+            wrong_metric = "metric_for_best_model" in str(error)  # detected at the first evaluation
             if (self.begun and not wrong_metric) or _of_the_machine(error):
                 raise
             raise InputError(f"{error}") from error
@@ -106,7 +106,7 @@ class _Start(TrainerCallback):
         """Lock the output folder and remove the run to be replaced.
 
         Raises:
-            InputError: another process trains into it.
+            InputError: another process is using it.
         """
         if self.begun:
             return
@@ -162,8 +162,8 @@ def run(
 ) -> Run:
     """Train, evaluate and predict as ``args.do_train``, ``do_eval`` and ``do_predict`` say.
 
-    The metrics are Trainer's (``train_*``, ``eval_*``) and, when both training and held-out data are there,
-    ``train_eval_*``: the same measures on a fixed random choice of training examples, at most as many as held-out
+    The metrics are Trainer's (``train_*``, ``eval_*``) and, when there are both training and held-out data,
+    ``train_eval_*``: the same metrics on a fixed random subset of the training examples, at most as many as held-out
     ones, without augmentation; ``generalization_gap_loss`` = eval_loss - train_eval_loss; and
     ``generalization_gap_<metric>`` = train_eval_<metric> - eval_<metric>.
 
@@ -174,14 +174,15 @@ def run(
         callbacks: further callbacks for Trainer.
         trainer_cls: Trainer or a subclass with cooperative methods, or a ``functools.partial`` of one; it is combined
             with the task's own class.
-        overwrite_output_dir: remove the run that ``args.output_dir`` holds, once all is ready for the first step.
-        write: leave model, metrics files, learning curves, model card and predictions in ``args.output_dir``. Without,
-            only what ``args.save_strategy`` asks for.
-        print_logs: without, Trainer does not print its logs where it shows no progress bar.
+        overwrite_output_dir: replace an existing run in ``args.output_dir`` when everything is ready for the first
+            step.
+        write: write model, metrics files, learning curves, model card and predictions to ``args.output_dir``. If
+            False, write only what ``args.save_strategy`` asks for.
+        print_logs: if False, Trainer does not print its logs when the progress bar is disabled.
 
     Raises:
-        InputError: the output folder holds another run, or there is nothing to resume from, or it is of another model,
-            or Trainer cannot begin with these arguments.
+        InputError: the output folder holds another run, there is no checkpoint to resume from or it is of another
+            model, or Trainer cannot start with these arguments.
     """
     checkpoint = check_output_dir(args, overwrite_output_dir)
     metrics: dict[str, float] = {}
@@ -206,7 +207,7 @@ def run(
         if args.do_train:
             with start.refusals():
                 metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-            metrics["total_flos"] = trainer.state.total_flos  # which Trainer's printing takes out of its metrics
+            metrics["total_flos"] = trainer.state.total_flos  # Trainer removes it from its metrics when it prints them
             metrics["train_samples"] = len(trainer.train_dataset)
             if write:
                 trainer.save_model()
@@ -224,10 +225,10 @@ def run(
 def make_trainer(
     task: Task, args: TrainingArguments, model: PreTrainedModel, *, trainer_cls: Any = Trainer, **kwargs: Any
 ) -> Trainer:
-    """The trainer of a task: its own class combined with ``trainer_cls``, its data, metrics and collator.
+    """Build the trainer of a task: its class combined with ``trainer_cls``, its data, metrics and collator.
 
     Args:
-        task: what is trained.
+        task: the task to train.
         args: Trainer's arguments.
         model: one that ``task.build_model`` returned.
         trainer_cls: as for :func:`run`.
@@ -250,9 +251,9 @@ def check_output_dir(args: TrainingArguments, overwrite_output_dir: bool = False
     """Refuse an output folder that holds another run; return the checkpoint to resume from, if any.
 
     Raises:
-        InputError: the folder cannot be written to, or another process trains into it, or it holds files of a run and
-            neither resume_from_checkpoint nor overwrite_output_dir is given, or the checkpoint to resume from is
-            missing or incomplete.
+        InputError: the folder is not writable, another process is using it, it holds files of a run and neither
+            resume_from_checkpoint nor overwrite_output_dir is set, or the checkpoint to resume from is missing or
+            incomplete.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
@@ -266,14 +267,14 @@ def check_output_dir(args: TrainingArguments, overwrite_output_dir: bool = False
         return checkpoint
     if held and not overwrite_output_dir:
         raise InputError(
-            f"output_dir: {folder} holds another run ({', '.join(path.name for path in held[:3])}, ...); name another "
-            "folder, or give resume_from_checkpoint=true to continue it or overwrite_output_dir=true to replace it"
+            f"output_dir: {folder} holds another run ({', '.join(path.name for path in held[:3])}, ...); use another "
+            "folder, or set resume_from_checkpoint=true to continue it or overwrite_output_dir=true to replace it"
         )
     return checkpoint
 
 
 def check_writable(folder: Path) -> None:
-    """Raise InputError unless files can be written to ``folder``, which may be new; nothing is left there."""
+    """Raise InputError unless files can be written to ``folder``, which may not exist yet; leave nothing behind."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise InputError(f"output_dir: {there} is not a folder")
@@ -285,10 +286,10 @@ def check_writable(folder: Path) -> None:
 
 
 def refuse_several_processes(script: str) -> None:
-    """Raise InputError in a job of several processes, for a script that is one process."""
+    """Raise InputError in a job of several processes, for a script that supports only one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
-        raise InputError(f"{script}: {size} processes were started, but it runs in one; start it with plain python")
+        raise InputError(f"{script}: supports one process, but {size} were started; run it with plain python")
 
 
 def generalization_gap(metrics: dict[str, float], names: Iterable[str], suffix: str = "") -> dict[str, float]:
@@ -296,9 +297,9 @@ def generalization_gap(metrics: dict[str, float], names: Iterable[str], suffix: 
 
     Args:
         metrics: with ``eval_<name>`` and ``train_eval_<name>``.
-        names: the measures; for loss, perplexity and mse the gap is held-out minus training, for the others training
+        names: the metrics. For loss, perplexity and mse the gap is held-out minus training, for the others training
             minus held-out.
-        suffix: of the held-out measures, "_mm" for MNLI mismatched.
+        suffix: suffix of the held-out metrics, "_mm" for MNLI mismatched.
     """
     gaps = {}
     for name in names:
@@ -325,7 +326,7 @@ def summary(run: Run) -> str:
 
 
 def _combined(trainer_cls: Callable[..., Trainer], of_task: type[Trainer]) -> Callable[..., Trainer]:
-    """One class that does what both do; the methods of ``trainer_cls`` come first."""
+    """A class that inherits from both; the methods of ``trainer_cls`` take precedence."""
     if isinstance(trainer_cls, functools.partial):
         return functools.partial(_combined(trainer_cls.func, of_task), *trainer_cls.args, **trainer_cls.keywords)
     if not isinstance(trainer_cls, type) or issubclass(trainer_cls, of_task):
@@ -336,7 +337,7 @@ def _combined(trainer_cls: Callable[..., Trainer], of_task: type[Trainer]) -> Ca
 
 
 def _checkpoint(resume: str | None, folder: Path) -> str | None:
-    """The checkpoint that ``resume_from_checkpoint`` means: none, the last complete one in ``folder``, or a path."""
+    """The checkpoint meant by ``resume_from_checkpoint``: none, the last complete one in ``folder``, or a path."""
     if resume is None or resume.lower() == "false":
         return None
     if resume.lower() != "true":
@@ -355,11 +356,11 @@ def _run_files(folder: Path) -> list[Path]:
 
 
 def _evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
-    """Held-out metrics and, after training, those on training examples and the gap between the two."""
+    """Held-out metrics and, after training, metrics on training examples and the gaps."""
     metrics: dict[str, float] = {}
     eval_datasets = {suffix: task.eval_view(dataset) for suffix, dataset in task.eval_datasets.items()}
     if trainer.args.do_train:
-        kept = np.asarray(getattr(trainer, "kept", range(len(task.train_dataset))))  # TRL drops some
+        kept = np.asarray(getattr(trainer, "kept", range(len(task.train_dataset))))  # TRL may drop some
         count = min(len(kept), max(map(len, eval_datasets.values())))
         rows = np.sort(kept[np.random.default_rng(0).permutation(len(kept))[:count]])
         metrics |= trainer.evaluate(task.eval_view(task.train_dataset.select(rows)), metric_key_prefix=TRAIN_EVAL)
@@ -375,12 +376,12 @@ def _evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
 
 
 def _evaluated(trainer: Trainer, given: int) -> int:
-    """The number of examples in the latest evaluation, which a trainer may have joined, or dropped some of."""
+    """The number of examples in the latest evaluation, which differs if the trainer joins or drops examples."""
     return given if (count := getattr(trainer, "evaluated_examples", None)) is None else count
 
 
 def _predict(trainer: Trainer, task: Task, write: bool) -> dict[str, float]:
-    """Predictions as text files, one line an example; metrics too where the examples have labels."""
+    """Write predictions as text files, one line per example; return metrics if the examples have labels."""
     metrics: dict[str, float] = {}
     for suffix, dataset in task.predict_datasets.items():
         output = trainer.predict(task.eval_view(dataset), metric_key_prefix="predict")
@@ -399,7 +400,7 @@ def _predict(trainer: Trainer, task: Task, write: bool) -> dict[str, float]:
 
 
 def _write(trainer: Trainer, task: Task, metrics: dict[str, float]) -> None:
-    """Metrics files, learning curves and model card."""
+    """Write metrics files, learning curves and model card."""
     args = trainer.args
     for split in ("train", "eval", "predict"):
         prefixes = {"eval": ("eval_", TRAIN_EVAL, "generalization_gap_")}.get(split, (f"{split}_",))
@@ -435,6 +436,6 @@ def decoration(what: str):
 
 
 def splits_needed(args: TrainingArguments) -> list[str]:
-    """The splits that do_train, do_eval and do_predict ask for."""
+    """The splits that do_train, do_eval and do_predict need."""
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     return [split for split, needed in wanted.items() if needed]

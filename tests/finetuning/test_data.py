@@ -299,9 +299,9 @@ def test_sources_are_named_once(tmp_path):
         {"data_dir": str(tmp_path), "train_file": str(path)},
         {"dataset_name": "x", "data_dir": str(tmp_path)},
     ):
-        with pytest.raises(InputError, match="give one of them"):
+        with pytest.raises(InputError, match="set only one source"):
             DataArguments(**options)
-    with pytest.raises(InputError, match="is on this machine; give data_dir"):
+    with pytest.raises(InputError, match="is a local path; use data_dir"):
         data.load_hub(str(tmp_path))
 
 
@@ -311,7 +311,7 @@ def test_missing_paths_and_bad_counts_are_refused(tmp_path):
             DataArguments(**options)
     with pytest.raises(InputError, match="no examples"):
         data.load_tables(DataArguments(), ["train"], ("", None))
-    with pytest.raises(InputError, match="give data_dir"):
+    with pytest.raises(InputError, match="set data_dir"):
         data.load_hub("nyu-mll/glue", "no_such_task")
 
 

@@ -142,7 +142,7 @@ def test_images_to_predict_need_no_class_folders(tmp_path):
 
 
 def test_sources_are_named_once(tmp_path):
-    with pytest.raises(InputError, match="data_dir and train_dir: give one of them"):
+    with pytest.raises(InputError, match="data_dir and train_dir: set only one source"):
         images.ImageArguments(data_dir=str(tmp_path), train_dir=str(tmp_path))
 
 

@@ -66,7 +66,7 @@ def test_held_out_examples_are_measured_without_training_examples(folder, tmp_pa
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--lanczos_steps", "1"], "lanczos_steps: 1 is out of range, 2 to 1000"),
+        (["--lanczos_steps", "1"], "lanczos_steps: 1 is out of range; should be 2 to 1000"),
         (["--lanczos_steps", "1000000"], "lanczos_steps: 1000000 is out of range"),
         (["--rho", "1e30"], r"rho: 1e\+30 is out of range"),
         (["--trace_samples", "0"], "trace_samples: 0 is out of range"),

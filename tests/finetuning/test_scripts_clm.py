@@ -162,12 +162,12 @@ def test_evaluation_alone_packs_text_files(script, data, text_run, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no examples: give"),
+        ([], "no examples: set"),
         (["--train_file", "{data}/train.jsonl", "--dataset_text_field", "body"], "'body' .* columns: text, source"),
         (["--train_file", "{data}/texts.txt", "--validation_file", "{data}/train.jsonl"], "both should be .txt"),
         (["--validation_file", "{data}/texts.txt"], "no train examples"),
-        (["--train_file", "{data}/texts.txt", "--tokenizer_name", "x"], "give one of them, not both"),
-        (["--train_file", "{data}/texts.txt", "--new_tokenizer_size", "100"], "100 is out of range, 258"),
+        (["--train_file", "{data}/texts.txt", "--tokenizer_name", "x"], "set only one of them"),
+        (["--train_file", "{data}/texts.txt", "--new_tokenizer_size", "100"], "100 is out of range; should be 258"),
         (["--train_file", "{data}/texts.txt", "--max_new_tokens", "0"], "max_new_tokens: 0 is out of range"),
         (["{data}/int8.yaml", "--train_file", "{data}/texts.txt"], "dtype: 'int8' should be one of auto"),
         (["--train_file", "{data}/texts.txt", "--load_in_4bit"], "only for a pretrained model"),
@@ -183,7 +183,7 @@ def test_bad_input_is_refused_before_anything_is_trained(script, data, tmp_path,
 
 def test_four_bits_need_lora_and_bitsandbytes(script, data, text_run, tmp_path, monkeypatch):
     options = ["--model_name_or_path", str(text_run[1]), "--train_file", str(data / "pairs.jsonl"), "--load_in_4bit"]
-    with pytest.raises(InputError, match="give use_peft=true"):
+    with pytest.raises(InputError, match="set use_peft=true"):
         script.main([*options, "--output_dir", str(tmp_path / "out")])
     found = importlib.util.find_spec
     monkeypatch.setattr(

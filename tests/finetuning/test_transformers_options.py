@@ -104,10 +104,10 @@ def test_every_option_is_taken_from_a_command_line_and_from_json(tmp_path, kind)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--streaming"], "streaming: no option here: examples are read whole; max_train_samples"),
+        (["--streaming"], "streaming: not an option here: examples are loaded completely; use max_train_samples"),
         (["--streaming", "True"], "max_train_samples"),
-        (["--use_auth_token"], "give token"),
-        (["--low_cpu_mem_usage=True"], "leave it out"),
+        (["--use_auth_token"], "set token"),
+        (["--low_cpu_mem_usage=True"], "remove it"),
     ],
 )
 def test_what_has_no_place_names_our_equivalent(kind, argv, message):
@@ -120,9 +120,9 @@ def test_what_has_no_place_names_our_equivalent(kind, argv, message):
 @pytest.mark.parametrize(
     ("kind", "argv", "message"),
     [
-        ("glue", ["--block_size", "3"], "give max_seq_length"),
+        ("glue", ["--block_size", "3"], "use max_seq_length"),
         ("glue", ["--preprocessing_num_workers", "3"], "one process"),
-        ("clm", ["--max_seq_length", "3"], "give max_length or block_size"),
+        ("clm", ["--max_seq_length", "3"], "use max_length or block_size"),
     ],
 )
 def test_an_option_of_another_script_is_explained(kind, argv, message):
@@ -160,8 +160,11 @@ def test_a_new_model_from_its_type_with_changes():
         (["--model_type", "gpt2", "--config_overrides", "n_embd=8,n_embd=9"], "'n_embd' is given twice"),
         (["--model_type", "gpt2", "--config_overrides", "n_embd=x"], "config_overrides: invalid literal"),
         (["--model_type", "gpt3"], "model_type 'gpt3' is not known"),
-        (["--config_overrides", "n_embd=8"], "config_overrides: only with model_type"),
-        (["--model_type", "gpt2", "--config_name", "x", "--config_overrides", "n_embd=8"], "only with model_type"),
+        (["--config_overrides", "n_embd=8"], "config_overrides: allowed only with model_type"),
+        (
+            ["--model_type", "gpt2", "--config_name", "x", "--config_overrides", "n_embd=8"],
+            "allowed only with model_type",
+        ),
         (["--model_type", "gpt2", "--model_config", "{model_type: bert}"], "model_type and model_config"),
         (["--model_config", "{model_type: gpt2, n_embd: x}"], "model_config: gpt2"),
     ],
