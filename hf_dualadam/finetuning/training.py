@@ -432,7 +432,7 @@ def decoration(what: str):
     try:
         yield
     except Exception as error:  # of any kind: the run is done and saved
-        logger.warning(f"{what}: left out: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        logger.warning(f"{what}: skipped: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def splits_needed(args: TrainingArguments) -> list[str]:
