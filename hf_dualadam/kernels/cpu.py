@@ -141,12 +141,15 @@ class Part(plan.Part):
         members = members[::-1]  # gradient clipping went from first to last: the last gradients are still in the cache
         super().__init__(members, *args)
         self._rows = array("q")
+        self._grads: list[int] = []  # the addresses in the table
         for member in members:
             self._rows.extend((*member.row, member.group))
 
     def run(self, found: plan.Found, groups: list[plan.Group]) -> None:
         """Count the step and update, in one pass over memory."""
-        self._rows[_GRAD::_N_FIELDS] = found.grad_addresses
+        if found.grad_addresses is not self._grads:
+            self._grads = found.grad_addresses
+            self._rows[_GRAD::_N_FIELDS] = array("q", self._grads)
         options = array("d", [value for group in groups for value in _options(group)])
         ratios = self._norm_ratios(found, groups, options) if self.sharded else None
         _call("dual_update", self._rows, options, ratios)

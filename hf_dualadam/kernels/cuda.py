@@ -117,7 +117,7 @@ def _failure(
         step = torch.zeros((), device=device if capturable else "cpu")
         state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
         part = Part([plan.Member(0, 0, (param, grad, exp_avg, exp_avg_sq, step), state, None)], False, {})
-        part.run(plan.Found([param], [param], [grad], array("q", [grad.data_ptr()])), [group])
+        part.run(plan.Found([param], [param], [grad], [grad.data_ptr()]), [group])
     except Exception as error:  # of Triton, of the compiler that it calls, of the driver
         reason = f"{type(error).__name__}: {error}"
         logger.warning("The CUDA kernel of hf_dualadam cannot run on %s, so steps take longer: %s", device, reason)
@@ -142,7 +142,7 @@ class Part(plan.Part):
         param, _, exp_avg, *_ = members[0].operands
         self._device, self._dtypes = param.device, (param.dtype, exp_avg.dtype)
         self._real = torch.float64 if param.dtype == torch.float64 else torch.float32
-        n_chunks = [-(-numel // load().CHUNK.value) for numel in self.numels]
+        n_chunks = [-(-numel // load().tables.CHUNK.value) for numel in self.numels]
         self._n_chunks, self._first_chunks = (
             array("q", n_chunks),
             array("q", itertools.accumulate(n_chunks, initial=0)),
@@ -153,7 +153,7 @@ class Part(plan.Part):
         # What has been sent, and for which stream.
         self._stream: int | None = None
         self._tables: _Tables | None = None
-        self._grads: tuple[array[Any], Tensor] | None = None
+        self._grads: tuple[list[int], Tensor] | None = None
         self._options: tuple[array[Any], Tensor] | None = None
 
     def run(self, found: plan.Found, groups: list[plan.Group]) -> None:
@@ -187,12 +187,14 @@ class Part(plan.Part):
             chunk_sums = torch.empty(4 * len(tables.chunks), dtype=self._real, device=self._device)
             sums = torch.empty(len(self.groups), 2, dtype=torch.float64, device=self._device)
             if grid[0]:
-                kernels.norms_kernel[grid](*arguments, chunk_sums, *dtypes, real, **options)
-            kernels.norm_sums_kernel[(len(self.groups),)](tables.tensors, scalars, chunk_sums, sums, **_LAUNCH)
+                kernels.norms_kernel[grid](*arguments, chunk_sums, *dtypes, real, kernels.tables.LAYOUT, **options)
+            kernels.norm_sums_kernel[(len(self.groups),)](
+                tables.tensors, scalars, chunk_sums, sums, kernels.tables.LAYOUT, **_LAUNCH
+            )
             sum_over_shards(sums, found.owners)
             norm_ratios = norm_ratio(*sums.sqrt_().unbind(1)).to(self._real)
         if grid[0]:
-            kernels.update_kernel[grid](*arguments, norm_ratios, *dtypes, real, **options)
+            kernels.update_kernel[grid](*arguments, norm_ratios, *dtypes, real, kernels.tables.LAYOUT, **options)
 
     # ---- scalars ----
 
@@ -215,8 +217,8 @@ class Part(plan.Part):
             group = groups[index]
             if _is_on_device(group["lr"]):  # the row is that of lr = 1
                 kernels, lr = load(), group["lr"].detach().reshape(()).double()
-                row[kernels.STEP_SIZE.value].mul_(lr)
-                row[kernels.DECAY.value].copy_(1 - lr * group["weight_decay"])
+                row[kernels.tables.STEP_SIZE.value].mul_(lr)
+                row[kernels.tables.DECAY.value].copy_(1 - lr * group["weight_decay"])
         return table
 
     def _scalars_on_device(self, groups: list[plan.Group]) -> Tensor:
@@ -231,10 +233,14 @@ class Part(plan.Part):
             table = self._options[1]
         for row, group in enumerate(groups):
             if _is_on_device(group["lr"]):
-                table[row * kernels.N_OPTIONS.value + kernels.LR.value].copy_(group["lr"].detach().reshape(()))
+                table[row * kernels.tables.N_OPTIONS.value + kernels.tables.LR.value].copy_(
+                    group["lr"].detach().reshape(())
+                )
         n = len(self.groups)
-        scalars = torch.empty(n * kernels.N_SCALARS.value, dtype=self._real, device=self._device)
-        kernels.step_scalars_kernel[(n,)](self._send_tables().tensors, table, scalars, **_LAUNCH)
+        scalars = torch.empty(n * kernels.tables.N_SCALARS.value, dtype=self._real, device=self._device)
+        kernels.step_scalars_kernel[(n,)](
+            self._send_tables().tensors, table, scalars, kernels.tables.LAYOUT, **_LAUNCH
+        )
         return scalars
 
     # ---- tables ----
@@ -254,18 +260,18 @@ class Part(plan.Part):
         """The table of tensors."""
         kernels, n = load(), len(self.groups)
         columns = {
-            kernels.PARAM.value: self.addresses[0],
-            kernels.EXP_AVG.value: self.addresses[1],
-            kernels.EXP_AVG_SQ.value: self.addresses[2],
-            kernels.STEP.value: self.addresses[3],
-            kernels.NUMEL.value: array("q", self.numels),
-            kernels.FIRST_CHUNK.value: self._first_chunks[:n],
-            kernels.SCALARS.value: self._scalar_rows,
-            kernels.OPTIONS.value: array("q", self.groups),
+            kernels.tables.PARAM.value: self.addresses[0],
+            kernels.tables.EXP_AVG.value: self.addresses[1],
+            kernels.tables.EXP_AVG_SQ.value: self.addresses[2],
+            kernels.tables.STEP.value: self.addresses[3],
+            kernels.tables.NUMEL.value: array("q", self.numels),
+            kernels.tables.FIRST_CHUNK.value: self._first_chunks[:n],
+            kernels.tables.SCALARS.value: self._scalar_rows,
+            kernels.tables.OPTIONS.value: array("q", self.groups),
         }
-        rows = array("q", [0]) * (n * kernels.N_COLUMNS.value)
+        rows = array("q", [0]) * (n * kernels.tables.N_COLUMNS.value)
         for column, values in columns.items():
-            rows[column :: kernels.N_COLUMNS.value] = values
+            rows[column :: kernels.tables.N_COLUMNS.value] = values
         return rows
 
     def _new_tables(self) -> _Tables:
@@ -275,11 +281,11 @@ class Part(plan.Part):
         chunks = numbers.repeat_interleave(n_chunks, output_size=self._first_chunks[-1])
         return _Tables(_on_device(self._rows(), device), chunks, torch.ones(n, dtype=self._real, device=device))
 
-    def _send_grads(self, addresses: array[int]) -> Tensor:
+    def _send_grads(self, addresses: list[int]) -> Tensor:
         if _is_capturing(self._device):
-            return _on_device(addresses, self._device)
-        if self._grads is None or self._grads[0] != addresses:
-            self._grads = addresses, _on_device(addresses, self._device)
+            return _on_device(array("q", addresses), self._device)
+        if self._grads is None or self._grads[0] is not addresses:
+            self._grads = addresses, _on_device(array("q", addresses), self._device)
         return self._grads[1]
 
 

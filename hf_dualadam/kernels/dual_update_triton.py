@@ -8,45 +8,7 @@ and element indices are 64 bits wide. ``real`` is the dtype of the arithmetic: f
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(2048)  # elements of one program
-
-# Columns of the table of tensors (int64). Addresses of gradients come and go, so they have a list of their own.
-PARAM = tl.constexpr(0)
-EXP_AVG = tl.constexpr(1)
-EXP_AVG_SQ = tl.constexpr(2)
-STEP = tl.constexpr(3)
-NUMEL = tl.constexpr(4)
-FIRST_CHUNK = tl.constexpr(5)  # number of chunks in the tensors before this one
-SCALARS = tl.constexpr(6)  # row in the table of scalars
-OPTIONS = tl.constexpr(7)  # row in the table of options
-N_COLUMNS = tl.constexpr(8)
-
-# Columns of the table of scalars (``real``): functional.StepScalars, and what float32 could not subtract from 1.
-BETA1 = tl.constexpr(0)
-REST1 = tl.constexpr(1)  # 1 - beta1
-BETA2 = tl.constexpr(2)
-REST2 = tl.constexpr(3)  # 1 - beta2
-EPS = tl.constexpr(4)
-SIGN = tl.constexpr(5)  # -1 to maximize
-DECAY = tl.constexpr(6)  # 1 - eta*lambda
-STEP_SIZE = tl.constexpr(7)  # eta / (1 - beta1^t)
-BIAS2_RSQRT = tl.constexpr(8)  # 1 / sqrt(1 - beta2^t)
-ADAM_WEIGHT = tl.constexpr(9)
-INVERSE_WEIGHT = tl.constexpr(10)
-NORMALIZE = tl.constexpr(11)  # 0 once the inverse weight is 0
-N_SCALARS = tl.constexpr(12)
-
-# Columns of the table of options (float64), from which capturable steps work out their scalars on the device.
-LR = tl.constexpr(0)
-OPTION_BETA1 = tl.constexpr(1)
-OPTION_BETA2 = tl.constexpr(2)
-OPTION_EPS = tl.constexpr(3)
-WEIGHT_DECAY = tl.constexpr(4)
-SWITCH_RATE = tl.constexpr(5)
-INVERSE_SCALE = tl.constexpr(6)
-OPTION_SIGN = tl.constexpr(7)
-OPTION_NORMALIZE = tl.constexpr(8)
-N_OPTIONS = tl.constexpr(9)
+from . import tables
 
 
 @triton.jit
@@ -76,12 +38,14 @@ def _sqrt(x):
 @triton.jit
 def _moments(grad, exp_avg, exp_avg_sq, s, real: tl.constexpr):
     """m, v and d after this step."""
-    beta1 = tl.load(s + BETA1)
-    grad *= tl.load(s + SIGN)
+    beta1 = tl.load(s + tables.BETA1)
+    grad *= tl.load(s + tables.SIGN)
     gap = grad - exp_avg
-    exp_avg = tl.where(beta1 > 0.5, exp_avg + tl.load(s + REST1) * gap, grad - beta1 * gap)  # m, rounded as by lerp
-    exp_avg_sq = tl.load(s + BETA2) * exp_avg_sq + tl.load(s + REST2) * grad * grad  # v
-    denom = _sqrt(exp_avg_sq) * tl.load(s + BIAS2_RSQRT) + tl.load(s + EPS)  # d
+    exp_avg = tl.where(
+        beta1 > 0.5, exp_avg + tl.load(s + tables.REST1) * gap, grad - beta1 * gap
+    )  # m, rounded as by lerp
+    exp_avg_sq = tl.load(s + tables.BETA2) * exp_avg_sq + tl.load(s + tables.REST2) * grad * grad  # v
+    denom = _sqrt(exp_avg_sq) * tl.load(s + tables.BIAS2_RSQRT) + tl.load(s + tables.EPS)  # d
     return exp_avg, exp_avg_sq, denom
 
 
@@ -99,19 +63,19 @@ def _update(
     aligned: tl.constexpr,
 ):
     """One step of the elements i, in place: all loads, the formula, all stores."""
-    params = _pointers(tl.load(tensor + PARAM), i, param_dtype, aligned)
+    params = _pointers(tl.load(tensor + tables.PARAM), i, param_dtype, aligned)
     grads = _pointers(grad_address, i, param_dtype, aligned)
-    exp_avgs = _pointers(tl.load(tensor + EXP_AVG), i, state_dtype, aligned)
-    exp_avg_sqs = _pointers(tl.load(tensor + EXP_AVG_SQ), i, state_dtype, aligned)
+    exp_avgs = _pointers(tl.load(tensor + tables.EXP_AVG), i, state_dtype, aligned)
+    exp_avg_sqs = _pointers(tl.load(tensor + tables.EXP_AVG_SQ), i, state_dtype, aligned)
     param = tl.load(params, inside).to(real)
     grad = tl.load(grads, inside).to(real)
     exp_avg = tl.load(exp_avgs, inside).to(real)
     exp_avg_sq = tl.load(exp_avg_sqs, inside).to(real)
 
-    step_size = tl.load(s + STEP_SIZE)
-    adam_weight = tl.load(s + ADAM_WEIGHT)
-    inverse_weight = tl.load(s + INVERSE_WEIGHT)
-    param *= tl.load(s + DECAY)  # theta <- theta * (1 - eta*lambda)
+    step_size = tl.load(s + tables.STEP_SIZE)
+    adam_weight = tl.load(s + tables.ADAM_WEIGHT)
+    inverse_weight = tl.load(s + tables.INVERSE_WEIGHT)
+    param *= tl.load(s + tables.DECAY)  # theta <- theta * (1 - eta*lambda)
     exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s, real)  # m, v, d
     update = tl.where(adam_weight != 0, adam_weight * (exp_avg / denom), 0)  # (1-alpha) * m/d
     inverse = inverse_weight * (norm_ratio * (exp_avg * denom))  # alpha * m*d
@@ -133,18 +97,21 @@ def update_kernel(
     param_dtype: tl.constexpr,
     state_dtype: tl.constexpr,
     real: tl.constexpr,
+    layout: tl.constexpr,
 ):
     """One step of one chunk, in place."""
     row = tl.load(chunks + tl.program_id(0)).to(tl.int64)
-    tensor = tensors + row * N_COLUMNS
+    tensor = tensors + row * tables.N_COLUMNS
     grad = tl.load(grads + row)
-    s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
+    s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS
     norm_ratio = tl.load(norm_ratios + row)
-    begin = (tl.program_id(0) - tl.load(tensor + FIRST_CHUNK)) * CHUNK
-    i = begin + tl.arange(0, CHUNK)
-    numel = tl.load(tensor + NUMEL)
-    addresses = grad | tl.load(tensor + PARAM) | tl.load(tensor + EXP_AVG) | tl.load(tensor + EXP_AVG_SQ)
-    if (begin + CHUNK <= numel) & (addresses % 16 == 0):
+    begin = (tl.program_id(0) - tl.load(tensor + tables.FIRST_CHUNK)) * tables.CHUNK
+    i = begin + tl.arange(0, tables.CHUNK)
+    numel = tl.load(tensor + tables.NUMEL)
+    addresses = (
+        grad | tl.load(tensor + tables.PARAM) | tl.load(tensor + tables.EXP_AVG) | tl.load(tensor + tables.EXP_AVG_SQ)
+    )
+    if (begin + tables.CHUNK <= numel) & (addresses % 16 == 0):
         _update(tensor, grad, s, norm_ratio, i, None, param_dtype, state_dtype, real, True)
     else:
         _update(tensor, grad, s, norm_ratio, i, i < numel, param_dtype, state_dtype, real, False)
@@ -169,18 +136,19 @@ def norms_kernel(
     param_dtype: tl.constexpr,
     state_dtype: tl.constexpr,
     real: tl.constexpr,
+    layout: tl.constexpr,
 ):
     """Measure m/d and m*d of one chunk as the coming update will have them, if its tensor is to be normalized."""
     row = tl.load(chunks + tl.program_id(0)).to(tl.int64)
-    tensor = tensors + row * N_COLUMNS
-    s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
-    if tl.load(s + NORMALIZE) != 0:
-        begin = (tl.program_id(0) - tl.load(tensor + FIRST_CHUNK)) * CHUNK
-        i = begin + tl.arange(0, CHUNK)
-        inside = i < tl.load(tensor + NUMEL)
+    tensor = tensors + row * tables.N_COLUMNS
+    s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS
+    if tl.load(s + tables.NORMALIZE) != 0:
+        begin = (tl.program_id(0) - tl.load(tensor + tables.FIRST_CHUNK)) * tables.CHUNK
+        i = begin + tl.arange(0, tables.CHUNK)
+        inside = i < tl.load(tensor + tables.NUMEL)
         grad = tl.load(_pointers(tl.load(grads + row), i, param_dtype, False), inside).to(real)
-        exp_avg = tl.load(_pointers(tl.load(tensor + EXP_AVG), i, state_dtype, False), inside).to(real)
-        exp_avg_sq = tl.load(_pointers(tl.load(tensor + EXP_AVG_SQ), i, state_dtype, False), inside).to(real)
+        exp_avg = tl.load(_pointers(tl.load(tensor + tables.EXP_AVG), i, state_dtype, False), inside).to(real)
+        exp_avg_sq = tl.load(_pointers(tl.load(tensor + tables.EXP_AVG_SQ), i, state_dtype, False), inside).to(real)
         exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s, real)
         adam_largest, adam_sum = _scaled_square_sum(exp_avg / denom, inside)
         inverse_largest, inverse_sum = _scaled_square_sum(exp_avg * denom, inside)
@@ -199,19 +167,19 @@ def _squares(quads, column: tl.constexpr, chunk, n_chunks):
 
 
 @triton.jit
-def norm_sums_kernel(tensors, scalars, chunk_sums, sums):
+def norm_sums_kernel(tensors, scalars, chunk_sums, sums, layout: tl.constexpr):
     """Add up the squares of one tensor's m/d and m*d; 1 and 1 unless it is to be normalized."""
-    tensor = tensors + tl.program_id(0) * N_COLUMNS
-    s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
+    tensor = tensors + tl.program_id(0) * tables.N_COLUMNS
+    s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS
     adam_sum = tl.full((), 1, tl.float64)
     inverse_sum = tl.full((), 1, tl.float64)
-    if tl.load(s + NORMALIZE) != 0:
-        n_chunks = tl.cdiv(tl.load(tensor + NUMEL), CHUNK)
-        quads = chunk_sums + 4 * tl.load(tensor + FIRST_CHUNK)
-        adam_sq = tl.zeros((CHUNK,), tl.float64)
-        inverse_sq = tl.zeros((CHUNK,), tl.float64)
-        for begin in range(0, n_chunks, CHUNK):
-            chunk = begin + tl.arange(0, CHUNK)
+    if tl.load(s + tables.NORMALIZE) != 0:
+        n_chunks = tl.cdiv(tl.load(tensor + tables.NUMEL), tables.CHUNK)
+        quads = chunk_sums + 4 * tl.load(tensor + tables.FIRST_CHUNK)
+        adam_sq = tl.zeros((tables.CHUNK,), tl.float64)
+        inverse_sq = tl.zeros((tables.CHUNK,), tl.float64)
+        for begin in range(0, n_chunks, tables.CHUNK):
+            chunk = begin + tl.arange(0, tables.CHUNK)
             adam_sq += _squares(quads, 0, chunk, n_chunks)
             inverse_sq += _squares(quads, 2, chunk, n_chunks)
         adam_sum = tl.sum(adam_sq)
@@ -221,31 +189,31 @@ def norm_sums_kernel(tensors, scalars, chunk_sums, sums):
 
 
 @triton.jit
-def step_scalars_kernel(tensors, table_of_options, scalars):
+def step_scalars_kernel(tensors, table_of_options, scalars, layout: tl.constexpr):
     """Count the step of one tensor on the device and work out its scalars, as functional.step_scalars does."""
-    tensor = tensors + tl.program_id(0) * N_COLUMNS
-    counter = tl.load(tensor + STEP).to(tl.pointer_type(tl.float32))
+    tensor = tensors + tl.program_id(0) * tables.N_COLUMNS
+    counter = tl.load(tensor + tables.STEP).to(tl.pointer_type(tl.float32))
     t = tl.load(counter) + 1
     tl.store(counter, t)
     t = t.to(tl.float64)
-    o = table_of_options + tl.load(tensor + OPTIONS) * N_OPTIONS
-    lr = tl.load(o + LR)
-    beta1 = tl.load(o + OPTION_BETA1)
-    beta2 = tl.load(o + OPTION_BETA2)
-    switch_rate = tl.load(o + SWITCH_RATE)
+    o = table_of_options + tl.load(tensor + tables.OPTIONS) * tables.N_OPTIONS
+    lr = tl.load(o + tables.LR)
+    beta1 = tl.load(o + tables.OPTION_BETA1)
+    beta2 = tl.load(o + tables.OPTION_BETA2)
+    switch_rate = tl.load(o + tables.SWITCH_RATE)
     alpha = 1 - t * switch_rate
     alpha = tl.where(alpha < switch_rate, 0.0, alpha)
-    inverse_weight = alpha * tl.load(o + INVERSE_SCALE)
-    s = scalars + tl.load(tensor + SCALARS) * N_SCALARS
-    tl.store(s + BETA1, beta1)
-    tl.store(s + REST1, 1 - beta1)
-    tl.store(s + BETA2, beta2)
-    tl.store(s + REST2, 1 - beta2)
-    tl.store(s + EPS, tl.load(o + OPTION_EPS))
-    tl.store(s + SIGN, tl.load(o + OPTION_SIGN))
-    tl.store(s + DECAY, 1 - lr * tl.load(o + WEIGHT_DECAY))
-    tl.store(s + STEP_SIZE, lr / (1 - tl.exp2(t * tl.log2(beta1))))
-    tl.store(s + BIAS2_RSQRT, 1 / tl.sqrt(1 - tl.exp2(t * tl.log2(beta2))))
-    tl.store(s + ADAM_WEIGHT, 1 - alpha)
-    tl.store(s + INVERSE_WEIGHT, inverse_weight)
-    tl.store(s + NORMALIZE, tl.where(inverse_weight != 0, tl.load(o + OPTION_NORMALIZE), 0.0))
+    inverse_weight = alpha * tl.load(o + tables.INVERSE_SCALE)
+    s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS
+    tl.store(s + tables.BETA1, beta1)
+    tl.store(s + tables.REST1, 1 - beta1)
+    tl.store(s + tables.BETA2, beta2)
+    tl.store(s + tables.REST2, 1 - beta2)
+    tl.store(s + tables.EPS, tl.load(o + tables.OPTION_EPS))
+    tl.store(s + tables.SIGN, tl.load(o + tables.OPTION_SIGN))
+    tl.store(s + tables.DECAY, 1 - lr * tl.load(o + tables.WEIGHT_DECAY))
+    tl.store(s + tables.STEP_SIZE, lr / (1 - tl.exp2(t * tl.log2(beta1))))
+    tl.store(s + tables.BIAS2_RSQRT, 1 / tl.sqrt(1 - tl.exp2(t * tl.log2(beta2))))
+    tl.store(s + tables.ADAM_WEIGHT, 1 - alpha)
+    tl.store(s + tables.INVERSE_WEIGHT, inverse_weight)
+    tl.store(s + tables.NORMALIZE, tl.where(inverse_weight != 0, tl.load(o + tables.OPTION_NORMALIZE), 0.0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,9 +39,9 @@ def is_sharded(param: Tensor) -> bool:
     return hasattr(type(param), "to_local")
 
 
-def addresses_of(tensors: Iterable[Tensor]) -> array[int]:
-    """Where in memory tensors begin, as 64-bit integers."""
-    return array("q", map(Tensor.data_ptr, tensors))
+def addresses_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Where in memory tensors begin."""
+    return [*map(Tensor.data_ptr, tensors)]
 
 
 def can_sum_over_shards(param: Tensor) -> bool:
@@ -102,22 +100,17 @@ def same_layout(
     return len(strides) == 1 and param.permute(by_stride).is_contiguous()
 
 
-def overlapping(addresses: array[int], sizes: array[int]) -> frozenset[int]:
+def overlapping(addresses: Iterable[int], sizes: Iterable[int]) -> frozenset[int]:
     """Find the tensors that share memory with another one, which no two threads may update at once.
 
     Args:
-        addresses: where each tensor begins, 64-bit integers.
+        addresses: where each tensor begins.
         sizes: the number of bytes of each.
 
     Returns:
         Their places in the list.
     """
-    return _overlapping(addresses.tobytes(), sizes.tobytes())
-
-
-@functools.lru_cache(maxsize=16)  # parameters seldom move
-def _overlapping(addresses: bytes, sizes: bytes) -> frozenset[int]:
-    spans = enumerate(zip(array("q", addresses), array("q", sizes)))
+    spans = enumerate(zip(addresses, sizes))
     found, reach, last = set(), 0, -1
     for start, end, place in sorted((start, start + size, place) for place, (start, size) in spans):
         if start < min(reach, end):

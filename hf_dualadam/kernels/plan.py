@@ -38,7 +38,7 @@ class Found(NamedTuple):
     owners: list[Tensor]
     params: list[Tensor]
     grads: list[Tensor]
-    grad_addresses: array[int]
+    grad_addresses: list[int]
 
 
 class Member(NamedTuple):
@@ -69,16 +69,15 @@ class Part:
     """
 
     def __init__(self, members: list[Member], sharded: bool, graph_tables: dict[Any, Any]) -> None:
-        self.places = [member.place for member in members]
+        self._pick = _picker([member.place for member in members])
         self.groups = [member.group for member in members]
         self.sharded = sharded
         params, grads, exp_avgs, exp_avg_sqs, steps = zip(*(member.operands for member in members))
         whole = all(tensor.is_contiguous() for tensor in chain(params, grads))
         self._layout: Callable[[Tensor], Any] = Tensor.is_contiguous if whole else Tensor.stride
         self._names = _names(members[0].state)
-        self._get = operator.itemgetter(*self._names)
         self.numels = [param.numel() for param in params]
-        self.addresses = [*map(addresses_of, (params, exp_avgs, exp_avg_sqs, steps))]
+        self.addresses = [array("q", addresses_of(tensors)) for tensors in (params, exp_avgs, exp_avg_sqs, steps)]
         self._grad_addresses = addresses_of(grads)
         self.graph_tables = graph_tables
         self._seen: list[Any] = []  # by the first look
@@ -91,10 +90,9 @@ class Part:
             grads: their gradients.
             state: the optimizer's state.
         """
-        owners = [*map(params.__getitem__, self.places)]
-        own_grads = [*map(grads.__getitem__, self.places)]
+        owners, own_grads = self._pick(params), self._pick(grads)
         states = [*map(state.__getitem__, owners)]
-        columns = [*zip(*map(self._get, states))]
+        columns = [[*map(operator.itemgetter(name), states)] for name in self._names]
         seen: list[Any] = [[*map(id, column)] for column in columns]
         if _CORRECTION not in self._names:
             seen.append(True in map(dict.__contains__, states, repeat(_CORRECTION)))
@@ -102,10 +100,10 @@ class Part:
         if self.sharded:
             seen.append([*map(_PLACEMENTS, own_grads)])
             shards, own_grads = [*map(local_tensor, owners)], [*map(local_tensor, own_grads)]
-            columns = [tuple(map(local_tensor, column)) for column in columns]
+            columns = [[*map(local_tensor, column)] for column in columns]
             seen += [[*map(type, tensors)] for tensors in (shards, own_grads, *columns)]
         seen += map(addresses_of, (shards, *columns))
-        seen += [[*map(Tensor.numel, tensors)] for tensors in (shards, own_grads, *columns)]
+        seen += [[*map(Tensor.numel, tensors)] for tensors in (shards, own_grads, *columns[1:])]
         seen += [[*map(self._layout, tensors)] for tensors in (shards, own_grads)]
         seen += [[*map(_DTYPE, own_grads)], True in map(Tensor.is_neg, own_grads)]
         if not self._seen:
@@ -113,11 +111,11 @@ class Part:
         elif seen != self._seen:
             return None
         addresses = addresses_of(own_grads)
-        if addresses != self._grad_addresses:
+        if addresses != self._grad_addresses:  # no two devices have the same
             if [*map(Tensor.get_device, own_grads)] != [*map(Tensor.get_device, shards)]:
                 return None
             self._grad_addresses = addresses
-        return Found(owners, shards, own_grads, addresses)
+        return Found(owners, shards, own_grads, self._grad_addresses)
 
     def run(self, found: Found, groups: list[Group]) -> None:
         """Count the step and update.
@@ -259,7 +257,7 @@ class Plan:
         """No two threads may update the same memory at once."""
         members = [*chain.from_iterable(parts.values())]
         params = [member.operands[0] for member in members]
-        sizes = array("q", (param.numel() * param.element_size() for param in params))
+        sizes = [param.numel() * param.element_size() for param in params]
         shared = {members[i].place for i in overlapping(addresses_of(params), sizes)}
         for part in parts.values():
             for member in part:
@@ -273,9 +271,18 @@ def allows_kernels(group: Group) -> bool:
     return bool(group["fused"] or (group["fused"] is None and group["foreach"] is None))
 
 
+def _picker(places: list[int]) -> Callable[[list[Any]], list[Any]]:
+    """A function that picks the values at some places; most parts take all, in order or in reverse."""
+    n = len(places)
+    for whole in (slice(None), slice(None, None, -1)):
+        if [*range(n)][whole] == places:
+            return lambda values: values[whole] if len(values) == n else [*map(values.__getitem__, places)]
+    return lambda values: [*map(values.__getitem__, places)]
+
+
 def _names(state: dict[str, Any]) -> tuple[str, ...]:
     """The entries of a state that a kernel reads or writes."""
-    names = ("exp_avg", "exp_avg_sq", "step", _CORRECTION, *(() if state["exp_avg"].is_floating_point() else _SCALES))
+    names = ("step", "exp_avg", "exp_avg_sq", _CORRECTION, *(() if state["exp_avg"].is_floating_point() else _SCALES))
     return tuple(name for name in names if name in state)
 
 

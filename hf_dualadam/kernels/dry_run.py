@@ -1,0 +1,113 @@
+"""The CUDA path without a GPU: kernels are bound, specialized and compiled for one, and never launched.
+
+For tests of what the compiler makes, and for the host time of a step. Triton's drivers are no public interface, so
+this may need a change for a new release of Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from triton import __version__
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from .. import kernels
+from . import cuda
+
+Launches = list[tuple[str, tuple[int, int, int]]]  # names of kernels and grids
+
+
+class _Utils:
+    """Stands for the functions of a driver's C library."""
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        old = tuple(map(int, __version__.split(".")[:2])) < (3, 3)
+        return (1, 1, 32, 0) if old else (1, 1, 32, 0, 1024)  # module, function, registers, spills, threads
+
+    def unload_module(self, _: Any) -> None:
+        pass
+
+    def get_device_properties(self, _: Any) -> dict[str, int]:
+        return {"max_shared_mem": 64 * 1024, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class _Driver:
+    """A driver that knows its target and launches nothing."""
+
+    def __init__(self, target: GPUTarget, launches: Launches) -> None:
+        self.utils, self._target = _Utils(), target
+
+        class Launcher:
+            def __init__(self, source: Any, metadata: Any) -> None:
+                self._name = source.fn.__name__
+
+            def __call__(self, x: int, y: int, z: int, *_: Any, **__: Any) -> None:
+                launches.append((self._name, (x, y, z)))
+
+        self.launcher_cls = Launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: Any) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, _: str) -> str:
+        return "int"
+
+
+def target(name: str) -> GPUTarget:
+    """The GPU of a name such as ``sm_90`` or ``gfx942``."""
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
+
+def _forget_compiled_kernels() -> None:
+    """Let Triton's JIT look at every kernel anew; what it has compiled stays on the disk."""
+    for kernel in vars(cuda.load()).values():
+        getattr(kernel, "device_caches", getattr(kernel, "cache", {})).clear()  # Triton 3.2 calls it cache
+
+
+@contextlib.contextmanager
+def cuda_path_on_the_cpu(gpu: str = "sm_90") -> Iterator[Launches]:
+    """Let optimizers of parameters on the CPU take the CUDA path, as far as the launch.
+
+    Args:
+        gpu: what to compile for, see :func:`target`.
+
+    Yields:
+        The launches that would have been.
+    """
+    launches: Launches = []
+    try:
+        before = driver.active
+    except RuntimeError:  # there is no GPU, so nothing else can launch either
+        before = None
+    driver.set_active(_Driver(target(gpu), launches))
+    registers = cuda._REGISTERS if gpu.startswith("sm_") else {}  # AMD's compiler takes no limit
+    cuda._failure.cache_clear()
+    _forget_compiled_kernels()
+    try:
+        with (
+            mock.patch.object(cuda, "is_here", lambda param: True),
+            mock.patch.object(cuda, "_REGISTERS", registers),
+            mock.patch.object(kernels, "make_plan", lambda batches, tables: kernels.Plan(batches, [cuda], tables)),
+        ):
+            yield launches
+    finally:
+        cuda._failure.cache_clear()
+        _forget_compiled_kernels()
+        if before is not None:
+            driver.set_active(before)

@@ -1,0 +1,52 @@
+"""The tables that tell the CUDA kernels where tensors are and what to compute: numbers of their columns.
+
+In a module of their own, since Triton compares globals of a kernel's module in every launch. It does not look into
+other modules when it decides whether a compiled kernel still fits, so each kernel takes :data:`LAYOUT` as an argument.
+"""
+
+import zlib
+from pathlib import Path
+
+from triton.language import constexpr
+
+LAYOUT = zlib.crc32(Path(__file__).read_bytes())
+
+CHUNK = constexpr(2048)  # elements of one program
+
+# Columns of the table of tensors (int64). Addresses of gradients come and go, so they have a list of their own.
+PARAM = constexpr(0)
+EXP_AVG = constexpr(1)
+EXP_AVG_SQ = constexpr(2)
+STEP = constexpr(3)
+NUMEL = constexpr(4)
+FIRST_CHUNK = constexpr(5)  # number of chunks in the tensors before this one
+SCALARS = constexpr(6)  # row in the table of scalars
+OPTIONS = constexpr(7)  # row in the table of options
+N_COLUMNS = constexpr(8)
+
+# Columns of the table of scalars (``real``): functional.StepScalars, and what float32 could not subtract from 1.
+BETA1 = constexpr(0)
+REST1 = constexpr(1)  # 1 - beta1
+BETA2 = constexpr(2)
+REST2 = constexpr(3)  # 1 - beta2
+EPS = constexpr(4)
+SIGN = constexpr(5)  # -1 to maximize
+DECAY = constexpr(6)  # 1 - eta*lambda
+STEP_SIZE = constexpr(7)  # eta / (1 - beta1^t)
+BIAS2_RSQRT = constexpr(8)  # 1 / sqrt(1 - beta2^t)
+ADAM_WEIGHT = constexpr(9)
+INVERSE_WEIGHT = constexpr(10)
+NORMALIZE = constexpr(11)  # 0 once the inverse weight is 0
+N_SCALARS = constexpr(12)
+
+# Columns of the table of options (float64), from which capturable steps work out their scalars on the device.
+LR = constexpr(0)
+OPTION_BETA1 = constexpr(1)
+OPTION_BETA2 = constexpr(2)
+OPTION_EPS = constexpr(3)
+WEIGHT_DECAY = constexpr(4)
+SWITCH_RATE = constexpr(5)
+INVERSE_SCALE = constexpr(6)
+OPTION_SIGN = constexpr(7)
+OPTION_NORMALIZE = constexpr(8)
+N_OPTIONS = constexpr(9)
