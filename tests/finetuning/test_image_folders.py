@@ -169,3 +169,8 @@ def test_pixels_of_unknown_range_are_refused(tmp_path, kind):
     PILImage.fromarray(np.full((8, 8), 1000, dtype=kind)).save(tmp_path / "a" / "odd.tiff")
     with pytest.raises(InputError, match="odd.tiff .* unknown range"):
         built(tmp_path, splits=("train",))
+
+
+def test_a_missing_model_names_the_default_of_transformers():
+    with pytest.raises(InputError, match="google/vit-base-patch16-224-in21k"):
+        images.build(images.ImageArguments(), ModelArguments())
