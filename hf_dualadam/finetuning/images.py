@@ -147,8 +147,8 @@ def build(
     """
     if not (model_args.model_name_or_path or model_args.config_name or model_args.new_config):
         raise InputError(
-            "model_name_or_path: missing; the default of Transformers' script is google/vit-base-patch16-224-in21k; or "
-            "give model_config, model_type or config_name for a new model"
+            "model_name_or_path: missing; the default of Transformers' script is google/vit-base-patch16-224-in21k; "
+            "or give model_config, model_type or config_name for a new model"
         )
     sources = _load_splits(args, model_args, set(splits))
     config = load_config(model_args)
