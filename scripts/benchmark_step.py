@@ -3,6 +3,8 @@
     python scripts/benchmark_step.py --shapes minilm
     python scripts/benchmark_step.py --shapes bert-base --device cuda --dtype bfloat16 --json step.json
     python scripts/benchmark_step.py --shapes path/to/config.json --threads 1
+    python scripts/benchmark_step.py --state_bits 8 --only kernel
+    python scripts/benchmark_step.py --dtype bfloat16 --state_bits 8 --master_weight_bits 24 --baseline_dtype float32
     python scripts/benchmark_step.py --scaling scaling.png --json scaling.json
 
 In every round, each optimizer takes one step and a large tensor is copied. A ratio is the median over rounds of the
@@ -11,6 +13,7 @@ time divided by that of fused AdamW in the same round. All optimizers share para
 - params/s: parameters updated per second, at the median time.
 - bandwidth: the bytes that a step must move (read p, g, m, v; write p, m, v) per second, and as a percentage of the
   bandwidth of the copy, reading and writing.
+- state: bytes of an optimizer's state per parameter.
 - memory: peak memory of a step above what is allocated before it.
 - first step: includes creating the moments, and loading or compiling a kernel.
 
@@ -19,6 +22,7 @@ An optimizer whose temporary tensors would not fit into memory is skipped and li
 
 import argparse
 import ctypes
+import importlib
 import json
 import os
 import platform
@@ -40,7 +44,7 @@ MODELS = {  # the shapes come from the configuration; no weights are created
     "bert-base": ("bert", {}),
     "1b": ("llama", {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 7424, "vocab_size": 32000}),
 }
-LISTS = {"many-small": [(1000,)] * 2000, "one-large": [(100_000_000,)]}
+LISTS = {"many-small": [(1000,)] * 2000, "one-large": [(97_656, 1_024)]}
 SCALING = [round(10 ** (exponent / 2)) for exponent in range(12, 19)]  # 1 M to 1 B
 SCALING_TENSOR = 1_000_000
 BASELINE = "AdamW, fused"
@@ -48,32 +52,47 @@ COPY = "copy"
 COPY_BYTES = 2**28
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PHASES = {
-    "before the switch": {"switch_rate": 1e-9},
+    "before the switch": {"switch_rate": 1e-7},
     "after the switch": {"switch_rate": 1.0},
-    "normalized": {"switch_rate": 1e-9, "normalize_inverse": True},
+    "normalized": {"switch_rate": 1e-7, "normalize_inverse": True},
 }
+# Optimizers of others with 8-bit moments, by module.
+EIGHT_BIT_PEERS = {"bitsandbytes.optim": "AdamW8bit", "torchao.optim": "AdamW8bit", "flashoptim": "FlashAdamW"}
 OURS = [f"DualAdam, kernel, {phase}" for phase in PHASES]
 
 
-def contenders() -> dict[str, tuple[Callable, int]]:
-    """The optimizers to compare: how to build each, and how many copies of all parameters its temporaries take."""
+def contenders(formats: dict[str, Any]) -> dict[str, tuple[Callable, int]]:
+    """The optimizers to compare: how to build each, and how many copies of all parameters its temporaries take.
+
+    Args:
+        formats: DualAdam's ``state_bits`` and ``master_weight_bits``; with 8 bits, others' 8-bit optimizers are
+            compared too, if they are installed.
+    """
     paths = {"kernel": ({"fused": True}, 0), "foreach": ({"foreach": True}, 4), "for-loop": ({"foreach": False}, 0)}
     table = {}
     for path, (chosen, copies) in paths.items():
         for phase, options in PHASES.items():
-            table[f"DualAdam, {path}, {phase}"] = (_builder(DualAdam, **chosen, **options), copies)
+            table[f"DualAdam, {path}, {phase}"] = (_builder(DualAdam, **chosen, **options, **formats), copies)
     table[BASELINE] = (_builder(torch.optim.AdamW, fused=True), 0)
     table["AdamW, foreach"] = (_builder(torch.optim.AdamW, foreach=True), 2)
     table["AdamW, for-loop"] = (_builder(torch.optim.AdamW, foreach=False), 0)
-    try:
-        import pytorch_optimizer
-    except ImportError:
-        return table
-    name = "pytorch_optimizer's DualAdam, "
-    for phase in ("before the switch", "after the switch"):
-        build = _builder(pytorch_optimizer.DualAdam, weight_decouple=True, **PHASES[phase])
-        table[name + phase] = (build, 4)
+    if (peer := _imported("pytorch_optimizer")) is not None:
+        for phase in ("before the switch", "after the switch"):
+            build = _builder(peer.DualAdam, weight_decouple=True, **PHASES[phase])
+            table[f"pytorch_optimizer's DualAdam, {phase}"] = (build, 4)
+    if formats.get("state_bits") == 8:
+        for module, optimizer in EIGHT_BIT_PEERS.items():
+            if (peer := _imported(module)) is not None:
+                table[f"{module.partition('.')[0]}'s {optimizer}"] = (_builder(getattr(peer, optimizer)), 4)
     return table
+
+
+def _imported(module: str) -> Any:
+    """An optional module, or None."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
 
 
 def _builder(optimizer_cls: type, **options) -> Callable:
@@ -170,53 +189,86 @@ def _proc_bytes(path: str, key: str) -> int | None:
 
 
 def build_all(
-    names: list[str], params: list[Tensor], machine: Machine
+    table: dict[str, tuple[Callable, int]], params: list[Tensor], baseline_params: list[Tensor], machine: Machine
 ) -> tuple[dict, dict[str, float], dict[str, str]]:
     """Build optimizers that share their moments, so that only one set of moments has to fit into memory.
+
+    Args:
+        table: what :func:`contenders` returns, or part of it.
+        params: the parameters.
+        baseline_params: those of fused AdamW.
+        machine: where they are.
 
     Returns:
         The optimizers, the seconds that the first step of each took, and why others were left out.
     """
     optimizers, first_steps, left_out = {}, {}, {}
+    moments: dict[Any, Tensor] = {}
     size = sum(p.numel() * p.element_size() for p in params)
-    table = contenders()
-    for name in names:
-        build, copies = table[name]
+    for name, (build, copies) in table.items():
         needed, free = size * (copies + 2), machine.free_bytes()
         if free is not None and needed > 0.9 * free:
             left_out[name] = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
             continue
+        own_params = baseline_params if name == BASELINE else params
         try:
-            optimizer = build(params)
-        except ValueError as error:
-            left_out[name] = str(error)
+            optimizer = build(own_params)
+            first_steps[name] = machine.seconds(optimizer.step)
+        except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+            left_out[name] = str(error).partition("\n")[0]
             continue
-        first_steps[name] = machine.seconds(optimizer.step)
-        for p in params:
-            for moment in MOMENTS:
-                optimizer.state[p][moment] = optimizer.state[p][moment].dtype
+        for i, p in enumerate(own_params):
+            state = optimizer.state[p]
+            for key in MOMENTS:
+                moment = state.get(key)
+                if type(moment) is Tensor:  # not a subclass that hides codes and scales
+                    state[key] = moments.setdefault((i, key, moment.dtype), moment)
         machine.trim()
         optimizers[name] = optimizer
-    moments = {}
-    for optimizer in optimizers.values():
-        for i, p in enumerate(params):
-            for moment in MOMENTS:
-                dtype = optimizer.state[p][moment]
-                if (i, moment, dtype) not in moments:
-                    moments[i, moment, dtype] = torch.zeros_like(p, dtype=dtype)
-                optimizer.state[p][moment] = moments[i, moment, dtype]
     return optimizers, first_steps, left_out
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in an optimizer's state."""
+
+    def size(value: Any) -> int:
+        if not isinstance(value, Tensor):
+            return 0
+        if hasattr(value, "__tensor_flatten__"):
+            return sum(size(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.nbytes
+
+    return sum(size(value) for state in optimizer.state.values() for value in state.values())
+
+
 def benchmark(
-    shapes: list[tuple[int, ...]], names: list[str], machine: Machine, dtype: torch.dtype, rounds: int
+    shapes: list[tuple[int, ...]],
+    table: dict[str, tuple[Callable, int]],
+    machine: Machine,
+    dtype: torch.dtype,
+    rounds: int,
+    baseline_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Measure time and extra memory of a step of each named optimizer on tensors of these shapes."""
+    """Measure time and memory of a step of each optimizer on tensors of these shapes.
+
+    Args:
+        shapes: of the parameters.
+        table: what :func:`contenders` returns, or part of it.
+        machine: where to measure.
+        dtype: of the parameters.
+        rounds: steps of each optimizer.
+        baseline_dtype: of the parameters of fused AdamW. Default: ``dtype``.
+    """
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, device=machine.device).to(dtype)) for shape in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
-    optimizers, first_steps, left_out = build_all(names, params, machine)
+    baseline_params = params
+    if baseline_dtype not in (None, dtype):
+        baseline_params = [torch.nn.Parameter(p.detach().to(baseline_dtype)) for p in params]
+        for p, copy in zip(params, baseline_params):
+            copy.grad = p.grad.to(baseline_dtype)
+    optimizers, first_steps, left_out = build_all(table, params, baseline_params, machine)
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=machine.device)
     target = torch.zeros_like(source)
     actions = {COPY: lambda: target.copy_(source)} | {name: opt.step for name, opt in optimizers.items()}
@@ -231,8 +283,10 @@ def benchmark(
     rows = []
     for name, seconds in times.items():
         median = statistics.median(seconds)
-        state = optimizers[name].state[params[0]]
-        moved = numel * (3 * params[0].element_size() + 4 * state["exp_avg"].element_size())
+        state = state_bytes(optimizers[name])
+        moved = 2 * state + sum(
+            3 * p.numel() * p.element_size() for p in (baseline_params if name == BASELINE else params)
+        )
         ratios = [own / base for own, base in zip(seconds, times[BASELINE])]
         rows.append(
             {
@@ -242,6 +296,7 @@ def benchmark(
                 "parameters_per_second": numel / median,
                 "bytes_per_second": moved / median,
                 "share_of_copy": moved / median / copied,
+                "state_bytes_per_parameter": state / numel,
                 "extra_bytes": machine.extra_bytes(optimizers[name].step),
                 "first_step_seconds": first_steps[name],
             }
@@ -258,20 +313,22 @@ def benchmark(
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
     columns = ["optimizer", "step, ms", "ratio to fused AdamW", "params/s"]
-    columns += ["bandwidth, GB/s", "of copy", "memory, MiB", "first step, s"]
+    columns += ["bandwidth, GB/s", "of copy", "state, bytes", "memory, MiB", "first step, s"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in result["rows"]:
         memory = "?" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.2f}"
         lines.append(
             f"| {row['optimizer']} | {row['milliseconds']:.2f} | {row['ratio']:.2f} | "
             f"{row['parameters_per_second']:.2e} | {row['bytes_per_second'] / 1e9:.1f} | {row['share_of_copy']:.0%} | "
-            f"{memory} | {row['first_step_seconds']:.2f} |"
+            f"{row['state_bytes_per_parameter']:.2f} | {memory} | {row['first_step_seconds']:.2f} |"
         )
     lines += [f"\nLeft out: {name}: {reason}" for name, reason in result["left_out"].items()]
     return "\n".join(lines)
 
 
-def scaling(path: Path, machine: Machine, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+def scaling(
+    path: Path, contending: dict[str, tuple[Callable, int]], machine: Machine, dtype: torch.dtype, rounds: int
+) -> list[dict[str, Any]]:
     """Time lists of tensors of increasing size, as far as memory allows, and plot times and ratios."""
     results = []
     for numel in SCALING:
@@ -282,7 +339,9 @@ def scaling(path: Path, machine: Machine, dtype: torch.dtype, rounds: int) -> li
             )
             break
         shapes = [(SCALING_TENSOR,)] * (numel // SCALING_TENSOR) + [(numel % SCALING_TENSOR,)]
-        results.append(benchmark(shapes, [*OURS, BASELINE], machine, dtype, rounds))
+        results.append(
+            benchmark(shapes, {name: contending[name] for name in [*OURS, BASELINE]}, machine, dtype, rounds)
+        )
         print(f"\n{numel:.1e} parameters\n\n{table(results[-1])}")
         machine.trim()
 
@@ -311,6 +370,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", default="minilm", help=f"{', '.join([*MODELS, *LISTS])} or a model configuration")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--state_bits", type=int, choices=[32, 8], default=32, help="of DualAdam's moments")
+    parser.add_argument("--master_weight_bits", type=int, choices=[24, 32], help="of DualAdam's weights")
+    parser.add_argument(
+        "--baseline_dtype", choices=["float32", "bfloat16"], help="parameters of fused AdamW; default: as --dtype"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
     parser.add_argument("--rounds", type=int, default=21, help="steps of each optimizer; default 21")
     parser.add_argument("--only", default="", metavar="TEXT", help="time only fused AdamW and names that contain TEXT")
@@ -331,13 +395,16 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     if args.threads:
         torch.set_num_threads(args.threads)
-    record = {"machine": machine.describe(), "dtype": args.dtype, "rounds": args.rounds}
+    formats = {"state_bits": args.state_bits, "master_weight_bits": args.master_weight_bits}
+    contending = contenders(formats)
+    record = {"machine": machine.describe(), "dtype": args.dtype, "rounds": args.rounds, **formats}
     print(", ".join(f"{name} {value}" for name, value in record["machine"].items()))
     if args.scaling:
-        record["scaling"] = scaling(args.scaling, machine, dtype, args.rounds)
+        record["scaling"] = scaling(args.scaling, contending, machine, dtype, args.rounds)
     else:
-        names = [name for name in contenders() if args.only in name or name == BASELINE]
-        result = benchmark(shapes_of(args.shapes), names, machine, dtype, args.rounds)
+        chosen = {name: own for name, own in contending.items() if args.only in name or name == BASELINE}
+        baseline_dtype = getattr(torch, args.baseline_dtype or args.dtype)
+        result = benchmark(shapes_of(args.shapes), chosen, machine, dtype, args.rounds, baseline_dtype)
         record |= {"shapes": args.shapes, **result}
         size = f"{result['parameters'] / 1e6:.1f} M parameters in {result['tensors']} tensors"
         copy = f"copy {result['copy_bytes_per_second'] / 1e9:.1f} GB/s"
