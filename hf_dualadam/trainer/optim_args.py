@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 from ..optimizers import OPTIMIZERS, DualAdam
+from ..states import CORRECTION_DTYPES, MOMENT_FORMATS
 
 
 class OptimArg(NamedTuple):
@@ -40,7 +41,7 @@ def _number(text: str, low: float = 0.0, high: float = math.inf, open_start: boo
     return value
 
 
-def _one_of(text: str, choices: tuple[int, ...]) -> int:
+def _one_of(text: str, choices: Iterable[int]) -> int:
     return {str(choice): choice for choice in choices}[text]
 
 
@@ -61,10 +62,10 @@ OPTIM_ARGS = {
     "normalize_inverse": OptimArg(_flag, "true or false", "rescale the inverse update to the size of Adam's"),
     "inverse_scale": OptimArg(_number, "a number >= 0", "factor of the inverse update; 1 is the paper"),
     "state_bits": OptimArg(
-        functools.partial(_one_of, choices=(32, 8)), "32 or 8", "bits of each moment; 8 saves memory"
+        functools.partial(_one_of, choices=MOMENT_FORMATS), "32 or 8", "bits of each moment; 8 saves memory"
     ),
     "master_weight_bits": OptimArg(
-        functools.partial(_one_of, choices=(24, 32)),
+        functools.partial(_one_of, choices=CORRECTION_DTYPES),
         "24 or 32",
         "bits per weight when training bfloat16 and float16 parameters",
     ),

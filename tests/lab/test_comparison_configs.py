@@ -33,7 +33,11 @@ def test_every_comparison_loads_with_known_arguments(path, tmp_path):
         own = {name: value for name, value in given.items() if any(name in names for names in known)}
         training = {name: value for name, value in given.items() if name not in own}
         from_values(kind.argument_classes, own, defaults=lambda given: {})
-        from_values((kind.training_arguments,), training | {"output_dir": str(tmp_path)}, defaults=lambda given: {})
+        from_values(
+            (kind.training_arguments,),
+            training | {"output_dir": str(tmp_path), "use_cpu": True},
+            defaults=lambda given: {},
+        )
 
 
 def test_the_papers_models_are_of_the_papers_size():
