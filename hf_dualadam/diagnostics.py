@@ -45,8 +45,8 @@ class InverseStatistics(NamedTuple):
 def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> InverseStatistics | None:
     """Measure the last step of ``optimizer`` from its moments.
 
-    Reads the state once, in blocks, and waits for the device once; it takes about as long as an optimizer step. Sharded
-    tensors (DTensor) are measured whole, so every process has to call it.
+    Reads the state once, in blocks, and waits for the device once; it takes about as long as an optimizer step.
+    Sharded tensors (DTensor) are measured whole, so every process has to call it.
 
     Args:
         optimizer: a DualAdam or InvAdam.
