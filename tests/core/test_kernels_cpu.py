@@ -359,3 +359,45 @@ def test_shards_are_normalized_by_one_reduction_for_all_parameters(kernel_only, 
     assert reductions == [(4, 2)] * 2
     for p, own in zip(whole, shards):
         torch.testing.assert_close(own.to_local(), p.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
+def test_the_kernel_counts_on_from_a_step_count_of_any_dtype(dtype):
+    results = []
+    for converted in (False, True):
+        params = _params((100,), torch.float32)
+        optimizer = DualAdam(params, lr=0.02, switch_rate=RATE, fused=True)
+        _train(optimizer, params, steps=2)
+        if converted:
+            state = optimizer.state[params[0]]
+            state["step"] = state["step"].to(dtype).reshape(1)
+        _train(optimizer, params, steps=2, start=2)
+        assert optimizer.state[params[0]]["step"].item() == 4
+        results.append(params[0].detach())
+    assert torch.equal(*results)
+
+
+def test_moments_of_another_shape_are_refused_before_the_kernel_reads_them():
+    params = _params((6,), torch.float32)
+    param = torch.nn.Parameter(params[0].detach().reshape(3, 2))
+    optimizer = DualAdam([param], fused=True)
+    _train(optimizer, [param], steps=1)
+    before = param.detach().clone()
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[param][name] = optimizer.state[param][name].reshape(2, 3)
+        with pytest.raises(RuntimeError, match=rf"{name} has shape \(2, 3\)"):
+            optimizer.step()
+        optimizer.state[param][name] = optimizer.state[param][name].reshape(3, 2)
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_many_large_tensors_are_normalized_each_by_its_own_norms(count, threads):
+    """Updates of one tensor and norms of the next run side by side, in tensors of several chunks and of one."""
+    threads(count)
+    sizes = (2**15 + 1, 5, 2**17, 1000, 2**16 + 77, 3, 2**15)
+    params, alone = _params(sizes, torch.float32), _params(sizes, torch.float32)
+    _train(DualAdam(params, lr=0.02, normalize_inverse=True, switch_rate=RATE), params, steps=2)
+    for p in alone:
+        _train(DualAdam([p], lr=0.02, normalize_inverse=True, switch_rate=RATE), [p], steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(params, alone))
