@@ -211,33 +211,34 @@ class MomentOptimizer(Optimizer):
         Returns:
             Descriptions of conversions that lose precision or information.
         """
+        if torch.is_inference_mode_enabled():  # tensors created in it could not be modified outside it
+            with torch.inference_mode(False), torch.no_grad():
+                return self._prepare_state(param, group)
         state = self.state[param]
         notes = []
-        # Tensors created in inference mode could not be modified outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            fresh = "step" not in state
-            device = param.device if group["capturable"] else torch.device("cpu")
-            if fresh or not _is_count(state["step"], device):
-                count = torch.as_tensor(state.get("step", 0), dtype=torch.float32, device=device)
-                state["step"] = count.detach().reshape(()).clone()
-            bits = group["master_weight_bits"] if param.dtype in HALF_DTYPES else None
-            wanted, dtype = format_for(param, group["state_bits"]), exact_dtype(param, bits)
-            for name in self.moments_of_state:
-                if fresh or name not in state:
-                    state.update(new_moment(wanted, param, name, dtype))
-                elif state[name].shape != param.shape:
-                    raise RuntimeError(
-                        f"The state's {name} has shape {tuple(state[name].shape)}, its parameter {tuple(param.shape)}."
-                    )
-                elif not wanted.recognizes(state, name):
-                    notes.append(_convert_moment(param, state, name, wanted, dtype))
-                elif type(wanted) is ExactMoments and _is_narrower(state[name], dtype):
-                    state[name] = state[name].to(dtype)
-            correction = state.get("weight_correction")
-            if correction is None and bits is not None:
-                state["weight_correction"] = new_correction(param, bits)
-            elif correction is not None and (bits is None or correction.dtype != CORRECTION_DTYPES[bits]):
-                notes.append(_convert_correction(param, state, bits))
+        fresh = "step" not in state
+        device = param.device if group["capturable"] else torch.device("cpu")
+        if fresh or not _is_count(state["step"], device):
+            count = torch.as_tensor(state.get("step", 0), dtype=torch.float32, device=device)
+            state["step"] = count.detach().reshape(()).clone()
+        bits = group["master_weight_bits"] if param.dtype in HALF_DTYPES else None
+        wanted, dtype = format_for(param, group["state_bits"]), exact_dtype(param, bits)
+        for name in self.moments_of_state:
+            if fresh or name not in state:
+                state.update(new_moment(wanted, param, name, dtype))
+            elif state[name].shape != param.shape:
+                raise RuntimeError(
+                    f"The state's {name} has shape {tuple(state[name].shape)}, its parameter {tuple(param.shape)}."
+                )
+            elif not wanted.recognizes(state, name):
+                notes.append(_convert_moment(param, state, name, wanted, dtype))
+            elif type(wanted) is ExactMoments and _is_narrower(state[name], dtype):
+                state[name] = state[name].to(dtype)
+        correction = state.get("weight_correction")
+        if correction is None and bits is not None:
+            state["weight_correction"] = new_correction(param, bits)
+        elif correction is not None and (bits is None or correction.dtype != CORRECTION_DTYPES[bits]):
+            notes.append(_convert_correction(param, state, bits))
         return notes
 
     # ---- one step ----
@@ -445,6 +446,7 @@ class MomentOptimizer(Optimizer):
                         + (", the parameter's." if shape == param.shape else ".")
                     )
 
+    @torch.no_grad()
     def _restore(self, loaded: dict[str, Any], before: list[Group]) -> list[str]:
         """Restore what torch cast to the parameters' dtype (pytorch issue 43706), and convert it to our form.
 

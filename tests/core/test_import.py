@@ -94,7 +94,9 @@ def test_a_broken_transformers_is_not_hidden(tmp_path, code, error):
 def test_an_unknown_transformers_is_refused_with_its_version(tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '4.0.1'\n")
-    (tmp_path / "transformers" / "trainer_callback.py").write_text("class TrainerCallback: pass\n")
+    (tmp_path / "transformers" / "trainer_callback.py").write_text(
+        "class TrainerCallback: pass\nTrainerControl = TrainerState = object\n"
+    )
     (tmp_path / "transformers" / "training_args.py").write_text("class TrainingArguments: pass\n")
     done = run_python("import hf_dualadam", tmp_path)
     assert done.returncode == 1
