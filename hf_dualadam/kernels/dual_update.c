@@ -28,7 +28,11 @@ const uint32_t dual_update_sources = SOURCES_CHECKSUM;
 
 /* Instruction sets to choose from at load time, where the compiler and the C library can. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define CLONES
 #endif
