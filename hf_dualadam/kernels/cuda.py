@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..functional import norm_ratio, step_scalars
+from ..states import BLOCK, dither, local_tensor
 from . import plan
 from .cpu import count_steps
-from .layout import Operands, can_sum_over_shards, mark_as_written, same_layout, sum_over_shards
+from .layout import Operands, addresses_of, can_sum_over_shards, mark_as_written, same_layout, sum_over_shards
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,13 @@ _DTYPES = {
     (torch.bfloat16, torch.bfloat16): ("bfloat16", "bfloat16"),
     (torch.bfloat16, torch.float32): ("bfloat16", "float32"),
     (torch.float16, torch.float32): ("float16", "float32"),
+    # 8-bit moments
+    (torch.float32, torch.int8): ("float32", None),
+    (torch.bfloat16, torch.int8): ("bfloat16", None),
+    (torch.float16, torch.int8): ("float16", None),
 }
+_HOST = torch.device("cpu")
+_SCALES = ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _TORCH_DTYPES = {"q": torch.int64, "f": torch.float32, "d": torch.float64}  # of arrays
 _OLDEST_TRITON = (3, 2)  # 3.1 and older compute wrong numbers in the interpreter
 _REMEDY = "run `pip install 'triton>=3.2'` (torch 2.6 and newer bring it)"
@@ -80,24 +87,39 @@ def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[Any,
     """Tensors of one device and one pair of dtypes are updated together, if the kernel can be launched there."""
     param, grad, exp_avg, exp_avg_sq, step = tensors
     capturable, normalize = group["capturable"], group["normalize_inverse"]
+    coded = exp_avg.dtype == torch.int8
+    correction = item[2].get("weight_correction")
+    bits = 0 if correction is None else 8 * correction.element_size()
+    more = [local_tensor(item[2][name]) for name in _more_names(item[2])]
     fits = (
         (param.dtype, exp_avg.dtype) in _DTYPES
         and grad.dtype == param.dtype
-        and exp_avg_sq.dtype == exp_avg.dtype
+        and exp_avg_sq.dtype == (torch.uint8 if coded else exp_avg.dtype)
+        and (coded or not bits)
+        and all(tensor.device == param.device and tensor.is_contiguous() for tensor in more)
         and param.device == grad.device == exp_avg.device == exp_avg_sq.device
         and step.device == (param.device if capturable else torch.device("cpu"))
-        and same_layout(param, grad, exp_avg, exp_avg_sq)
+        and same_layout(param, grad, exp_avg, exp_avg_sq, in_logical_order=coded)
         and not (normalize and not can_sum_over_shards(item[0]))
-        and "weight_correction" not in item[2]
     )
-    if not fits or _failure(param.device, param.dtype, exp_avg.dtype, capturable, normalize):
+    if not fits or _failure(param.device, param.dtype, exp_avg.dtype, capturable, normalize, bits):
         return None
-    return (param.device, param.dtype, exp_avg.dtype, capturable), None
+    return (param.device, param.dtype, exp_avg.dtype, capturable, bits), None
+
+
+def _more_names(state: dict[str, Any]) -> list[str]:
+    """The entries of a state with 8-bit moments or a corrected weight that other states lack."""
+    return [name for name in ("weight_correction", *_SCALES) if name in state]
 
 
 @functools.cache
 def _failure(
-    device: torch.device, param_dtype: torch.dtype, state_dtype: torch.dtype, capturable: bool, normalize: bool
+    device: torch.device,
+    param_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    capturable: bool,
+    normalize: bool,
+    correction_bits: int = 0,
 ) -> str | None:
     """Launch the kernels on one number before any step is counted; says why that fails, which is logged once."""
     group = {
@@ -112,10 +134,15 @@ def _failure(
         "capturable": capturable,
     }
     try:
-        param, grad = (torch.zeros(1, dtype=param_dtype, device=device) for _ in range(2))
-        exp_avg, exp_avg_sq = (torch.zeros(1, dtype=state_dtype, device=device) for _ in range(2))
+        param, grad = (torch.zeros(1, 1, dtype=param_dtype, device=device) for _ in range(2))
+        exp_avg, exp_avg_sq = (torch.zeros(1, 1, dtype=state_dtype, device=device) for _ in range(2))
         step = torch.zeros((), device=device if capturable else "cpu")
         state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+        if state_dtype == torch.int8:
+            state |= {name: torch.zeros(1, 1, device=device) for name in _SCALES}
+        if correction_bits:
+            integers = torch.int8 if correction_bits == 8 else torch.int16
+            state["weight_correction"] = torch.zeros(1, 1, dtype=integers, device=device)
         part = Part([plan.Member(0, 0, (param, grad, exp_avg, exp_avg_sq, step), state, None)], False, {})
         part.run(plan.Found([param], [param], [grad], [grad.data_ptr()]), [group])
     except Exception as error:  # of Triton, of the compiler that it calls, of the driver
@@ -142,7 +169,15 @@ class Part(plan.Part):
         param, _, exp_avg, *_ = members[0].operands
         self._device, self._dtypes = param.device, (param.dtype, exp_avg.dtype)
         self._real = torch.float64 if param.dtype == torch.float64 else torch.float32
-        n_chunks = [-(-numel // load().tables.CHUNK.value) for numel in self.numels]
+        correction = members[0].state.get("weight_correction")
+        self._correction_bits = 0 if correction is None else 8 * correction.element_size()
+        self._coded = exp_avg.dtype == torch.int8
+        self._rows_of_elements = array("q", (max(1, member.operands[0].shape[1:].numel()) for member in members))
+        self._more = {
+            name: array("q", addresses_of([local_tensor(member.state[name]) for member in members]))
+            for name in _more_names(members[0].state)
+        }
+        n_chunks = [*map(self._chunks_of, self.numels, self._rows_of_elements)]
         self._n_chunks, self._first_chunks = (
             array("q", n_chunks),
             array("q", itertools.accumulate(n_chunks, initial=0)),
@@ -155,6 +190,13 @@ class Part(plan.Part):
         self._tables: _Tables | None = None
         self._grads: tuple[list[int], Tensor] | None = None
         self._options: tuple[array[Any], Tensor] | None = None
+
+    def _chunks_of(self, numel: int, row: int) -> int:
+        """The number of programs for a tensor; blocks of 8-bit moments do not cross rows."""
+        kernels = load()
+        if self._coded:
+            return -(-numel // row * -(-row // BLOCK) // kernels.tables.BLOCKS.value)
+        return -(-numel // kernels.tables.CHUNK.value)
 
     def run(self, found: plan.Found, groups: list[plan.Group]) -> None:
         """Count the step and update, without waiting for the device."""
@@ -178,8 +220,15 @@ class Part(plan.Part):
             normalized = any(row.normalize_inverse and row.inverse_weight for row in rows)
             tables, scalars = self._send_tables(), self._send_scalars(rows, groups)
         arguments = tables.tensors, self._send_grads(found.grad_addresses), tables.chunks, scalars
-        dtypes = [getattr(kernels.tl, name) for name in _DTYPES[self._dtypes]]
         real = kernels.tl.float64 if self._real == torch.float64 else kernels.tl.float32
+        variant = [getattr(kernels.tl, name) for name in _DTYPES[self._dtypes] if name]
+        norms_kernel, norms_variant = kernels.norms_kernel, [*variant, real]
+        update_kernel, update_variant = kernels.update_kernel, norms_variant
+        if self._coded:
+            from . import blocks_triton as blocks
+
+            norms_kernel, norms_variant = blocks.norms_blocks_kernel, variant
+            update_kernel, update_variant = blocks.update_blocks_kernel, [*variant, self._correction_bits]
         options = _LAUNCH | ({} if self._real == torch.float64 else _REGISTERS)
         grid = (len(tables.chunks),)
         norm_ratios = tables.ones
@@ -187,14 +236,14 @@ class Part(plan.Part):
             chunk_sums = torch.empty(4 * len(tables.chunks), dtype=self._real, device=self._device)
             sums = torch.empty(len(self.groups), 2, dtype=torch.float64, device=self._device)
             if grid[0]:
-                kernels.norms_kernel[grid](*arguments, chunk_sums, *dtypes, real, kernels.tables.LAYOUT, **options)
+                norms_kernel[grid](*arguments, chunk_sums, *norms_variant, kernels.tables.LAYOUT, **options)
             kernels.norm_sums_kernel[(len(self.groups),)](
                 tables.tensors, scalars, chunk_sums, sums, kernels.tables.LAYOUT, **_LAUNCH
             )
             sum_over_shards(sums, found.owners)
             norm_ratios = norm_ratio(*sums.sqrt_().unbind(1)).to(self._real)
         if grid[0]:
-            kernels.update_kernel[grid](*arguments, norm_ratios, *dtypes, real, kernels.tables.LAYOUT, **options)
+            update_kernel[grid](*arguments, norm_ratios, *update_variant, kernels.tables.LAYOUT, **options)
 
     # ---- scalars ----
 
@@ -212,7 +261,8 @@ class Part(plan.Part):
 
     def _send_scalars(self, rows: list[Any], groups: list[plan.Group]) -> Tensor:
         typecode = "d" if self._real == torch.float64 else "f"
-        table = _on_device(array(typecode, itertools.chain.from_iterable(map(_row, rows))), self._device)
+        numbers = itertools.chain.from_iterable(map(_row, rows, self._counts))
+        table = _on_device(array(typecode, numbers), self._device)
         for index, row in zip(self._scalar_groups, table.view(len(rows), -1).unbind()):
             group = groups[index]
             if _is_on_device(group["lr"]):  # the row is that of lr = 1
@@ -268,7 +318,13 @@ class Part(plan.Part):
             kernels.tables.FIRST_CHUNK.value: self._first_chunks[:n],
             kernels.tables.SCALARS.value: self._scalar_rows,
             kernels.tables.OPTIONS.value: array("q", self.groups),
+            kernels.tables.ROW.value: self._rows_of_elements,
+            kernels.tables.N_CHUNKS.value: self._n_chunks,
         }
+        places = dict(
+            zip(("weight_correction", *_SCALES), (kernels.tables.CORRECTION, *_scale_columns(kernels.tables)))
+        )
+        columns |= {places[name].value: addresses for name, addresses in self._more.items()}
         rows = array("q", [0]) * (n * kernels.tables.N_COLUMNS.value)
         for column, values in columns.items():
             rows[column :: kernels.tables.N_COLUMNS.value] = values
@@ -287,6 +343,10 @@ class Part(plan.Part):
         if self._grads is None or self._grads[0] is not addresses:
             self._grads = addresses, _on_device(array("q", addresses), self._device)
         return self._grads[1]
+
+
+def _scale_columns(tables: Any) -> tuple[Any, ...]:
+    return tables.EXP_AVG_SCALE, tables.EXP_AVG_SQ_MIN, tables.EXP_AVG_SQ_MAX
 
 
 def _on_device(numbers: array[Any], device: torch.device) -> Tensor:
@@ -317,11 +377,20 @@ def _scalars(group: plan.Group, step: float) -> Any:
     return step_scalars(step, lr=lr, **{name: group[name] for name in names})
 
 
-def _row(s: Any) -> tuple[float, ...]:
+def _row(s: Any, step: float) -> tuple[float, ...]:
     """A row of the table of scalars."""
     moments = (s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.eps, s.sign)
     normalize = float(s.normalize_inverse and s.inverse_weight != 0)
-    return *moments, s.decay, s.step_size, s.bias2_rsqrt, s.adam_weight, s.inverse_weight, normalize
+    return (
+        *moments,
+        s.decay,
+        s.step_size,
+        s.bias2_rsqrt,
+        s.adam_weight,
+        s.inverse_weight,
+        normalize,
+        float(dither(step, _HOST)),
+    )
 
 
 def _options(group: plan.Group) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from .. import kernels
-from . import cuda
+from . import blocks_triton, cuda
 
 Launches = list[tuple[str, tuple[int, int, int]]]  # names of kernels and grids
 
@@ -76,7 +76,7 @@ def target(name: str) -> GPUTarget:
 
 def _forget_compiled_kernels() -> None:
     """Let Triton's JIT look at every kernel anew; what it has compiled stays on the disk."""
-    for kernel in vars(cuda.load()).values():
+    for kernel in (*vars(cuda.load()).values(), *vars(blocks_triton).values()):
         getattr(kernel, "device_caches", getattr(kernel, "cache", {})).clear()  # Triton 3.2 calls it cache
 
 

@@ -174,7 +174,7 @@ def norm_sums_kernel(tensors, scalars, chunk_sums, sums, layout: tl.constexpr):
     adam_sum = tl.full((), 1, tl.float64)
     inverse_sum = tl.full((), 1, tl.float64)
     if tl.load(s + tables.NORMALIZE) != 0:
-        n_chunks = tl.cdiv(tl.load(tensor + tables.NUMEL), tables.CHUNK)
+        n_chunks = tl.load(tensor + tables.N_CHUNKS)
         quads = chunk_sums + 4 * tl.load(tensor + tables.FIRST_CHUNK)
         adam_sq = tl.zeros((tables.CHUNK,), tl.float64)
         inverse_sq = tl.zeros((tables.CHUNK,), tl.float64)
@@ -217,3 +217,5 @@ def step_scalars_kernel(tensors, table_of_options, scalars, layout: tl.constexpr
     tl.store(s + tables.ADAM_WEIGHT, 1 - alpha)
     tl.store(s + tables.INVERSE_WEIGHT, inverse_weight)
     tl.store(s + tables.NORMALIZE, tl.where(inverse_weight != 0, tl.load(o + tables.OPTION_NORMALIZE), 0.0))
+    dither = (t.to(tl.int64) * 0x9E3779B1 & 0xFFFFFFFF) >> 8
+    tl.store(s + tables.DITHER, dither.to(tl.float64) * 2.0**-24)

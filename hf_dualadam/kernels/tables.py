@@ -12,6 +12,8 @@ from triton.language import constexpr
 LAYOUT = zlib.crc32(Path(__file__).read_bytes())
 
 CHUNK = constexpr(2048)  # elements of one program
+BLOCK = constexpr(128)  # elements of 8-bit moments that share a scale; of one row
+BLOCKS = constexpr(8)  # of one program; with 16, registers would be spilled
 
 # Columns of the table of tensors (int64). Addresses of gradients come and go, so they have a list of their own.
 PARAM = constexpr(0)
@@ -22,7 +24,13 @@ NUMEL = constexpr(4)
 FIRST_CHUNK = constexpr(5)  # number of chunks in the tensors before this one
 SCALARS = constexpr(6)  # row in the table of scalars
 OPTIONS = constexpr(7)  # row in the table of options
-N_COLUMNS = constexpr(8)
+N_CHUNKS = constexpr(8)
+ROW = constexpr(9)  # elements behind the first dimension
+CORRECTION = constexpr(10)  # of 16-bit weights
+EXP_AVG_SCALE = constexpr(11)  # of 8-bit moments, like the next two
+EXP_AVG_SQ_MIN = constexpr(12)
+EXP_AVG_SQ_MAX = constexpr(13)
+N_COLUMNS = constexpr(14)
 
 # Columns of the table of scalars (``real``): functional.StepScalars, and what float32 could not subtract from 1.
 BETA1 = constexpr(0)
@@ -37,7 +45,8 @@ BIAS2_RSQRT = constexpr(8)  # 1 / sqrt(1 - beta2^t)
 ADAM_WEIGHT = constexpr(9)
 INVERSE_WEIGHT = constexpr(10)
 NORMALIZE = constexpr(11)  # 0 once the inverse weight is 0
-N_SCALARS = constexpr(12)
+DITHER = constexpr(12)  # states.dither of the step
+N_SCALARS = constexpr(13)
 
 # Columns of the table of options (float64), from which capturable steps work out their scalars on the device.
 LR = constexpr(0)

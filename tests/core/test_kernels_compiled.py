@@ -183,3 +183,29 @@ def test_a_kernel_that_cannot_be_launched_leaves_the_step_to_foreach(cls, monkey
     assert caplog.text.count("Failed to find C compiler") == 1
     assert optimizer.state[params[0]]["step"] == 3
     assert (params[0] != 0).all()
+
+
+def _every_variant_of_8_bit_moments(dtype):
+    for bits in (None,) if dtype == torch.float32 else (None, 24, 32):
+        for capturable in (False, True):
+            params = _params(dtype, [(33, 128), (67, 130)])
+            settings = {"state_bits": 8, "master_weight_bits": bits, "capturable": capturable}
+            DualAdam(params, lr=0.1, normalize_inverse=True, **settings).step()
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kernels_of_8_bit_moments(gpu, dtype, compiled, tmp_path):
+    with dry_run.cuda_path_on_the_cpu(gpu) as launches:
+        _every_variant_of_8_bit_moments(dtype)
+    names = {name for name, _ in launches}
+    assert names == {"update_blocks_kernel", "norms_blocks_kernel", "norm_sums_kernel", "step_scalars_kernel"}
+    assert len(compiled.named("update_blocks_kernel")) == (1 if dtype == torch.float32 else 3)
+    if not gpu.startswith("sm_"):
+        return
+    for kernel in compiled.named("update_blocks_kernel"):
+        assert ".f64" not in kernel.asm["ptx"]
+        usage, opcodes = _machine_code(kernel, tmp_path)
+        assert not [op for op in opcodes if op.startswith(("LDL", "STL"))], f"registers are spilled: {usage}"
+        width = "LDG.E.128" if dtype == torch.float32 else "LDG.E.64"  # 4 elements a thread
+        assert [op for op in opcodes if op.startswith(width)], "elements are not loaded 4 at a time"

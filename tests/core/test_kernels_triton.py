@@ -10,11 +10,11 @@ import torch
 
 triton = pytest.importorskip("triton", "3.2", reason="needs Triton 3.2")
 
-CHECKS = Path(__file__).with_name("triton_checks.py")
+CHECKS = [str(Path(__file__).with_name(name)) for name in ("triton_checks.py", "triton_state_checks.py")]
 
 
 def _run_checks(**environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CHECKS]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return done.stdout
