@@ -1,7 +1,7 @@
-"""Run anyone's script with ``--optim dualadam`` and ``--optim invadam`` known to Trainer, or describe the environment.
+"""Run any script with ``--optim dualadam`` and ``--optim invadam`` registered, or describe the environment.
 
-The script gets what plain Python would give it: its own ``__main__`` module, ``sys.argv``, ``sys.path[0]``, exit codes
-and tracebacks. Python processes that it starts know the optimizers too, however it starts them.
+The script runs as under plain Python, with its own ``__main__`` module, ``sys.argv``, ``sys.path[0]``, exit codes and
+tracebacks. The optimizers are also registered in all Python processes that it starts.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The launcher's own arguments, target included, and those of the target, which may look alike."""
+    """Split the command line into the launcher's arguments, including the target, and those of the target."""
     end = 0
     while end < len(argv) and argv[end].startswith("-"):
         end += 2 if argv[end] in ("--optim", "--optim_args") else 1
@@ -116,7 +116,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _problem(optim: str | None, optim_args: str | None) -> str | None:
-    """Say what is wrong with the launcher's --optim and --optim_args, before anything is started."""
+    """Check --optim and --optim_args before anything is started."""
     if optim is None:
         return None if optim_args is None else "--optim_args needs --optim"
     try:
@@ -138,7 +138,7 @@ def _problem(optim: str | None, optim_args: str | None) -> str | None:
 
 
 def _is_command(target: str) -> bool:
-    """Whether this is no file but the name of a program, such as torchrun."""
+    """Whether the target is the name of a program, such as torchrun, and not a file."""
     return os.path.basename(target) == target and not os.path.exists(target) and shutil.which(target) is not None
 
 
@@ -204,8 +204,8 @@ def run_module(name: str, args: list[str]) -> None:
 def _run_as_main(code: bytes | types.CodeType, argv: list[str], namespace: dict[str, Any]) -> None:
     """Execute source or code as the ``__main__`` module of this process.
 
-    Not by ``runpy``: that takes the module out of ``sys.modules`` again when the code ends, before exit handlers and
-    threads are done with it.
+    ``runpy`` would remove the module from ``sys.modules`` when the code ends, before exit handlers and threads have
+    finished.
     """
     module = types.ModuleType("__main__")
     module.__dict__.update(namespace)
@@ -235,13 +235,13 @@ def _hide_own_frames(hook: ExceptionHook) -> ExceptionHook:
 
 
 def _set_first_path(folder: str) -> None:
-    """Put the target's folder where Python put the one of this command; with -P or -I there is none."""
+    """Replace the folder of this command in ``sys.path`` by the target's; with -P and -I there is none."""
     if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         sys.path[0] = folder
 
 
 def describe_environment() -> str:
-    """Versions, paths and kernels of this process, one a line: what a bug report should contain."""
+    """Versions, paths and kernels of this process, one per line, for bug reports."""
     lines = {
         "hf_dualadam": f"{hf_dualadam.__version__} ({Path(hf_dualadam.__file__).parent})",
         "python": f"{platform.python_version()} ({sys.executable})",

@@ -1,7 +1,7 @@
-"""Gradient release: update each parameter as soon as its gradient is there, and free the gradient (ours).
+"""Gradient release: update each parameter as soon as its gradient is complete, and free the gradient (ours).
 
-A model's gradients are then never in memory all at once, which saves 4 bytes a float32 parameter and 2 bytes a
-bfloat16 one.
+The gradients of a model are then never all in memory, which saves 4 bytes per float32 parameter and 2 bytes per
+bfloat16 parameter.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .base import MomentOptimizer
 
 
 class GradientRelease:
-    """Hooks that update parameters during the backward pass; made by :func:`release_gradients`.
+    """Hooks that update parameters during the backward pass; created by :func:`release_gradients`.
 
     Attributes:
-        optimizer: what updates them.
+        optimizer: the optimizer that updates them.
     """
 
     def __init__(self, names: dict[Tensor, str], optimizer: MomentOptimizer) -> None:
@@ -36,7 +36,7 @@ class GradientRelease:
                     self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
-        """Go back to gradients that stay until ``optimizer.step()`` uses them."""
+        """Remove the hooks; gradients are kept again until ``optimizer.step()``."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -44,22 +44,22 @@ class GradientRelease:
     def _update(self, group_index: int, param: Tensor) -> None:
         if param in self._updated:
             raise RuntimeError(
-                f"{self._names[param]} got a second gradient before optimizer.step(): gradients cannot be "
-                "accumulated where they are released. Call optimizer.step() after each backward pass."
+                f"{self._names[param]} got a second gradient before optimizer.step(): released gradients "
+                "cannot be accumulated. Call optimizer.step() after each backward pass."
             )
-        # load_state_dict replaces the groups, so a group is not kept but looked up.
+        # Look up the group each time: load_state_dict replaces the groups.
         self.optimizer.step_params([param], self.optimizer.param_groups[group_index])
         param.grad = None
         self._updated.add(param)
 
     def _begin_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
-            raise RuntimeError("A closure cannot be used where gradients are released: it would step at each call.")
+            raise RuntimeError("Gradient release does not support closures: each call would make a step.")
         self._updated.clear()
 
 
 def releases(model: Module) -> set[GradientRelease]:
-    """What releases gradients of a model's parameters at present."""
+    """The active gradient releases of a model's parameters."""
     hooks = (hook for param in model.parameters() for hook in (param._post_accumulate_grad_hooks or {}).values())
     owners = (getattr(getattr(hook, "func", None), "__self__", None) for hook in hooks)
     return {owner for owner in owners if isinstance(owner, GradientRelease)}
@@ -68,31 +68,30 @@ def releases(model: Module) -> set[GradientRelease]:
 def release_gradients(model: Module, optimizer: Optimizer) -> GradientRelease:
     """Update each parameter within the backward pass, once its gradient is complete, and free that gradient.
 
-    The training loop stays as it is, ``optimizer.step()`` included: it ends the step, runs its hooks, keeps schedulers
-    in order and updates what has not been updated, such as parameters that were added to the optimizer later. Weights
-    end up the same, bit for bit. A parameter that is used in several places is updated once, when its gradient is
-    complete; under reentrant activation checkpointing, one that is used inside several checkpointed blocks is not, and
-    is refused.
+    The training loop does not change. ``optimizer.step()`` ends the step, runs its hooks and updates the remaining
+    parameters, such as those added to the optimizer later. The resulting weights are the same, bit for bit. A
+    parameter that is used in several places is updated once, when its gradient is complete; under reentrant activation
+    checkpointing, one that is used inside several checkpointed blocks is not, and is refused.
 
-    Excluded, since they need all gradients at once or change them after the backward pass:
+    Not supported, because they need all gradients at once or change them after the backward pass:
 
     - gradient accumulation: the second backward pass before ``optimizer.step()`` raises an error;
-    - clipping by a global norm, which would find no gradient and do nothing, without a word;
+    - clipping by a global norm, which would find no gradients and silently do nothing;
     - loss scaling (``GradScaler``), which would divide by the scale too late;
     - DDP and plain tensors on several processes, FSDP1 and DeepSpeed; FSDP2 works;
     - ``normalize_inverse`` with FSDP2, whose norms need other processes in the middle of the backward pass;
     - closures.
 
     Args:
-        model: the model, as it is trained.
-        optimizer: a DualAdam or InvAdam of its parameters; also as wrapped by Accelerate.
+        model: the model, with its wrappers.
+        optimizer: a DualAdam or InvAdam of its parameters, with or without Accelerate's wrapper.
 
     Returns:
         A handle; its ``remove()`` undoes everything.
 
     Raises:
-        TypeError: another optimizer.
-        ValueError: one of the excluded, where it can be seen before training.
+        TypeError: the optimizer is of another class.
+        ValueError: a feature that is not supported is detected before training.
     """
     scaler = getattr(optimizer, "scaler", None)
     while not isinstance(optimizer, MomentOptimizer) and hasattr(optimizer, "optimizer"):
@@ -109,7 +108,7 @@ def release_gradients(model: Module, optimizer: Optimizer) -> GradientRelease:
 
 
 def _problem(model: Module, optimizer: MomentOptimizer, names: dict[Tensor, str]) -> str | None:
-    """What excludes gradient release, in words; None for nothing that can be seen."""
+    """The reason why gradients cannot be released, or None if none is detected."""
     params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     sharded = [hasattr(param, "placements") for param, _ in params]
     home = type(model).__module__

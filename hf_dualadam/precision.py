@@ -1,4 +1,4 @@
-"""Models in bfloat16 whose weights are trained to more bits: turning a model, and exporting float32 weights (ours)."""
+"""Models in bfloat16 whose weights are trained with more bits: conversion, and export of float32 weights (ours)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .base import MomentOptimizer
 
 
 def to_bfloat16(model: Module) -> Module:
-    """Turn a model's float32 parameters to bfloat16, in place, but for those of normalization layers.
+    """Convert a model's float32 parameters to bfloat16 in place, except those of normalization layers.
 
-    Normalization layers are those whose class is named so (LayerNorm, LlamaRMSNorm, BatchNorm2d). Their weights are
-    few and near 1, where bfloat16 has steps of 1/256. They compute in float32, and hand on what the layer before had:
-    bfloat16 without autocast. Buffers stay as they are, unlike with ``model.bfloat16()``, which also rounds the
-    frequencies of rotary embeddings. Train the model with ``master_weight_bits=24`` or 32, or updates smaller than
+    Normalization layers are recognized by the name of their class (LayerNorm, LlamaRMSNorm, BatchNorm2d). Their
+    weights are few and near 1, where bfloat16 has steps of 1/256. They compute in float32 and return the dtype of
+    their input. Buffers are not changed, unlike with ``model.bfloat16()``, which also rounds the frequencies of rotary
+    embeddings. Train the model with ``master_weight_bits=24`` or 32, or updates smaller than
     1/256 of a weight are lost.
 
     Args:
-        model: any model; parameters that are not float32 stay as they are.
+        model: any model; only float32 parameters are converted.
 
     Returns:
         The model itself.
@@ -51,15 +51,15 @@ def _to_input_dtype(module: Module, args: tuple[Any, ...], output: Tensor) -> Te
 
 
 def master_state_dict(model: Module, optimizer: MomentOptimizer) -> dict[str, Any]:
-    """The model's state dict with the weights that were trained: float32, corrections included.
+    """The model's state dict with the trained weights in float32, including corrections.
 
     ``model.save_pretrained(folder, state_dict=master_state_dict(model, optimizer))`` saves them; load them with
-    ``from_pretrained(folder, dtype=torch.float32)``. To resume a run this is not needed: a checkpoint of the model
-    and of the optimizer holds the parameters and their corrections.
+    ``from_pretrained(folder, dtype=torch.float32)``. It is not needed for resuming a run: the checkpoint of model and
+    optimizer holds the parameters and their corrections.
 
     Args:
         model: the model that was trained.
-        optimizer: its optimizer; parameters that it does not have are widened as they are.
+        optimizer: its optimizer; other parameters are converted without corrections.
 
     Returns:
         ``model.state_dict()`` with float16 and bfloat16 parameters in float32; tied parameters share a tensor.

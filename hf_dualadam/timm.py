@@ -1,4 +1,4 @@
-"""Makes the optimizers' names known to timm: ``create_optimizer_v2(model, opt="dualadam")`` after importing this.
+"""Register the optimizers with timm: importing this module enables ``create_optimizer_v2(model, opt="dualadam")``.
 
 Under ``hf-dualadam``, timm's own ``train.py`` takes ``--opt dualadam`` and ``--opt-kwargs switch_rate=1e-4``.
 """
@@ -13,7 +13,7 @@ from .optimizers import OPTIMIZERS
 
 
 def register() -> None:
-    """Enter the optimizers into timm's registry; done by importing this module, may be called any number of times."""
+    """Add the optimizers to timm's registry. Importing this module calls it; it may be called repeatedly."""
     for name, optimizer_cls in OPTIMIZERS.items():
         if name in _optim_factory.list_optimizers():
             continue

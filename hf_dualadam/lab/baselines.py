@@ -1,7 +1,7 @@
 """The optimizers of a comparison: torch's or a library's classes, each with its usual settings and range of rates.
 
-Learning rates are relative to Adam's on the same task (``rate_scale``), so that one number per task centres the range
-of every optimizer.
+Learning rates are relative to Adam's on the same task (``rate_scale``), so that one number per task sets the center of
+every optimizer's range.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from transformers.training_args import OptimizerNames
 from ..finetuning.config import InputError
 from ..trainer import OPTIMIZERS, parse_optim_args
 
-# Transformers before 5 has no table of optimizers, and its SGD takes no momentum from optim_args.
+# Before Transformers 5 there is no table of optimizers, and SGD takes no momentum from optim_args.
 OLD_TRAINER = importlib.util.find_spec("transformers.trainer_optimizer") is None
 
 
 class TrainerSAM(SAM):
-    """SAM whose second half alone is ``step``: the weights come back, then the base optimizer moves them.
+    """SAM whose ``step`` is the second half only: restore the weights, then step with the base optimizer.
 
-    Trainer calls ``step`` without a closure, after :class:`SAMTrainer` has perturbed the weights and taken the second
-    gradient there; so clipping applies to the gradient that is used.
+    Trainer calls ``step`` without a closure, after :class:`SAMTrainer` has perturbed the weights and computed the
+    second gradient, so clipping applies to the gradient that is used.
     """
 
     def step(self, closure=None):
-        """Take back the perturbation and step with the gradients found there."""
+        """Undo the perturbation and step with the gradients at the perturbed weights."""
         self.second_step()
 
 
 class SAMTrainer(Trainer):
-    """Takes the second gradient of a step at the weights that SAM has perturbed, on the same batch."""
+    """Computes a second gradient in each step, at the weights perturbed by SAM, on the same batch."""
 
     def training_step(self, model, inputs, *args, **kwargs):
-        """One step of Trainer, and the same again at the perturbed weights; returns the first loss."""
+        """Run Trainer's step twice, the second time at the perturbed weights; return the first loss."""
         loss = super().training_step(model, dict(inputs), *args, **kwargs)
         self.optimizer.optimizer.first_step(zero_grad=True)
         super().training_step(model, inputs, *args, **kwargs)
@@ -49,7 +49,7 @@ class SAMTrainer(Trainer):
 
 
 class PartialInverseTrainer(Trainer):
-    """Gives the inverse phase to some parameters only; the others get Adam's update from the first step."""
+    """Applies the inverse phase to some parameters only; the others get Adam's update from the first step."""
 
     def __init__(self, *args, inverse_parameters: str, **kwargs):
         super().__init__(*args, **kwargs)
@@ -75,17 +75,17 @@ class PartialInverseTrainer(Trainer):
 
 @dataclass(frozen=True)
 class Baseline:
-    """One optimizer with all but its learning rate.
+    """One optimizer without its learning rate.
 
     Attributes:
-        optim: its name in ``TrainingArguments.optim``, by which a script of one's own can choose it; None without.
+        optim: its name in ``TrainingArguments.optim``, by which a user's script can select it; None if there is none.
         kwargs: options of the class, or for an optimizer that Trainer builds, of ``optim_args``.
         optimizer_cls: the class, for an optimizer that Trainer cannot build with these options.
-        rate_scale: centre of the usual range of learning rates, in units of Adam's.
-        weight_decay: in place of the task's, which is meant for decoupled decay; None for the task's.
-        has_switch: whether ``switch_fraction`` applies: the share of the steps that the inverse phase takes.
+        rate_scale: center of the usual range of learning rates, in units of Adam's.
+        weight_decay: replaces the task's, which is meant for decoupled decay; None for the task's.
+        has_switch: whether ``switch_fraction`` applies: the length of the inverse phase as a fraction of the steps.
         trainer_cls: Trainer, or the subclass that can run it.
-        gradients_per_step: what a step costs; the number of steps is divided by it, so that budgets are equal.
+        gradients_per_step: gradients that a step computes; the number of steps is divided by it for equal budgets.
     """
 
     optim: str | None = None
@@ -99,7 +99,7 @@ class Baseline:
 
     @property
     def has_inverse(self) -> bool:
-        """Whether it is the subject of the comparison: DualAdam or InvAdam with an inverse part."""
+        """Whether it has an inverse part: DualAdam or InvAdam, the subjects of the comparison."""
         return self.optim in OPTIMIZERS and self.kwargs.get("inverse_scale") != 0
 
 
@@ -107,7 +107,7 @@ BASELINES = {
     "sgd": Baseline("sgd", {"momentum": 0.9}, torch.optim.SGD, rate_scale=100.0, weight_decay=5e-4),
     "adam": Baseline("adamw_torch_fused", weight_decay=0.0),
     "adamw": Baseline("adamw_torch_fused"),
-    # The control: AdamW whose rate is scaled by exactly the weight 1 - alpha that DualAdam gives to its Adam update.
+    # The control: AdamW with its rate scaled by the weight 1 - alpha of DualAdam's Adam update.
     "adamw_warmup": Baseline("dualadam", {"inverse_scale": 0.0}, has_switch=True),
     "nadam": Baseline(None, {"decoupled_weight_decay": True}, torch.optim.NAdam),
     "radam": Baseline(None, {"decoupled_weight_decay": True}, torch.optim.RAdam),
@@ -120,13 +120,13 @@ BASELINES = {
     ),
     "dualadam": Baseline("dualadam", has_switch=True),
     "dualadam_normalized": Baseline("dualadam", {"normalize_inverse": True}, has_switch=True),
-    # Its update has Adam's size but follows few large gradients, so it needs larger rates.
+    # Its update has Adam's norm but is dominated by few large gradients, so it needs larger rates.
     "invadam_normalized": Baseline("invadam", {"normalize_inverse": True}, rate_scale=3.0),
 }
 
 
 def baseline(name: str) -> Baseline | None:
-    """The entry of :data:`BASELINES`, or any other optimizer that Trainer knows by this name; None without either."""
+    """The entry of :data:`BASELINES`, or another optimizer of Trainer with this name; None if there is none."""
     if name in BASELINES:
         return BASELINES[name]
     return Baseline(name) if name in set(OptimizerNames) else None
@@ -139,11 +139,11 @@ class OptimizerSetting:
     Attributes:
         base: key of :data:`BASELINES`, or another name of ``TrainingArguments.optim``.
         optim_args: options on top of the baseline's.
-        rate_scale: in place of the baseline's.
-        switch_fraction: share of the planned steps that the inverse phase or the control's warm-up takes; None where
-            the baseline has neither.
-        inverse_parameters: regular expression; DualAdam's inverse phase is for the parameters in whose name it is
-            found, the others get Adam's update throughout. None for all.
+        rate_scale: replaces the baseline's.
+        switch_fraction: length of the inverse phase, or of the control's warm-up, as a fraction of the planned steps;
+            None if the baseline has neither.
+        inverse_parameters: regular expression for names of parameters; the inverse phase applies only to those that
+            match, and the others get Adam's update throughout. None for all.
     """
 
     base: str
@@ -153,7 +153,7 @@ class OptimizerSetting:
     inverse_parameters: str | None = None
 
     def __post_init__(self):
-        """Check the ranges, and that the options are some that the optimizer has."""
+        """Check the ranges, and that the optimizer has the options."""
         if self.rate_scale is not None and not self.rate_scale > 0:
             raise InputError(f"rate_scale: {self.rate_scale} - should be above 0")
         if self.baseline.optim in OPTIMIZERS:
@@ -177,7 +177,7 @@ class OptimizerSetting:
 
     @property
     def centre(self) -> float:
-        """Centre of the range of learning rates, in units of Adam's."""
+        """Center of the range of learning rates, in units of Adam's."""
         return self.baseline.rate_scale if self.rate_scale is None else self.rate_scale
 
     def describe(self) -> str:
@@ -186,7 +186,7 @@ class OptimizerSetting:
         return self._options() + where
 
     def _options(self) -> str:
-        """Those of the class; for an optimizer that Trainer builds, the text for ``optim_args``."""
+        """The keyword arguments of the class, or ``optim_args`` for an optimizer that Trainer builds."""
         options = {**self.baseline.kwargs, **self.optim_args}
         if self.switch_fraction is not None:
             options["switch_fraction"] = self.switch_fraction
@@ -194,12 +194,12 @@ class OptimizerSetting:
 
     @property
     def runs_in_scripts(self) -> bool:
-        """Whether ``--optim``, ``--optim_args`` and the like are enough to choose it in a script of one's own."""
+        """Whether ``--optim``, ``--optim_args`` and the like are enough to select it in a user's script."""
         only_class = self.baseline.optim is None or self.inverse_parameters is not None
         return not only_class and self.baseline.trainer_cls is Trainer and not (self.base == "sgd" and OLD_TRAINER)
 
     def summary(self) -> dict[str, Any]:
-        """The setting as plain values, for a report."""
+        """The setting as plain values for a report."""
         return {
             "base": self.base,
             "has_inverse": self.baseline.has_inverse and self.optim_args.get("inverse_scale") != 0,
@@ -209,9 +209,9 @@ class OptimizerSetting:
         }
 
     def training_arguments(self, learning_rate: float) -> dict[str, Any]:
-        """What this setting fixes of ``TrainingArguments``.
+        """The values of ``TrainingArguments`` that this setting determines.
 
-        With an ``optimizer_cls`` Trainer looks at none of these but the learning rate and the weight decay.
+        With an ``optimizer_cls``, Trainer uses only the learning rate and the weight decay.
         """
         values: dict[str, Any] = {"learning_rate": learning_rate}
         if self.baseline.weight_decay is not None:
@@ -221,13 +221,13 @@ class OptimizerSetting:
         return values
 
     def optimizer_cls_and_kwargs(self, learning_rate: float) -> tuple[type, dict[str, Any]] | None:
-        """What Trainer needs to build the optimizer; None where ``TrainingArguments`` names it."""
+        """The class and arguments for Trainer; None if ``TrainingArguments`` names the optimizer."""
         if self.baseline.optimizer_cls is None:
             return None
         return self.baseline.optimizer_cls, {"lr": learning_rate, **self.baseline.kwargs, **self.optim_args}
 
     def trainer_cls(self) -> Callable[..., Trainer]:
-        """What builds the Trainer that can run it."""
+        """The factory of the Trainer that can run it."""
         if self.inverse_parameters is not None:
             return functools.partial(PartialInverseTrainer, inverse_parameters=self.inverse_parameters)
         return self.baseline.trainer_cls

@@ -1,15 +1,15 @@
-r"""Compare optimizers on equal terms: does DualAdam generalize better, on your task too?
+r"""Compare how well optimizers generalize, with equal budgets, on your task.
 
     hf-dualadam compare configs/compare/quickstart.yaml
     hf-dualadam compare --script train.py --optimizers adamw adamw_warmup dualadam --metric eval_accuracy \
         --learning_rates 1e-4 3e-4 1e-3 --seeds 5 -- --model_name_or_path bert-base-uncased --do_train --do_eval
     hf-dualadam compare --report_only --output_dir outputs/compare-quickstart
 
-The YAML file holds tasks and optimizers; --script (or --module) compares on a Trainer script of your own, which is
-run unmodified, with the arguments behind -- and the optimizer's. Chooses each optimizer's learning rate, runs all
-seeds at it, and writes results.csv, report.md and plots to output_dir. Can be interrupted; the same command resumes,
-and finished runs are kept. --jobs N runs N workers, on one GPU each where there are GPUs; the same command on machines
-that share --storage shares the runs.
+The YAML file defines tasks and optimizers. With --script (or --module), the task is a Trainer script of yours, which
+is run unmodified with the arguments after -- and those of the optimizer. The command chooses the learning rate of each
+optimizer, runs all seeds at it, and writes results.csv, report.md and plots to output_dir. It can be interrupted;
+rerun the same command to resume. --jobs N starts N workers, each on its own GPU if there are GPUs. The same command on
+several machines with a common --storage shares the runs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ POLL_SECONDS = 1.0
 
 @dataclass
 class CompareArguments:
-    """Where the comparison is kept, and how many workers do it."""
+    """Options for output and workers."""
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for results, report and plots; by default outputs/compare-NAME."}
@@ -58,9 +58,9 @@ class CompareArguments:
         default=None,
         metadata={"help": "Optuna storage: a database URL or a journal file; by default journal.log in output_dir."},
     )
-    data_root: str = field(default=".", metadata={"help": "Folder that the tasks' data_dir are relative to."})
+    data_root: str = field(default=".", metadata={"help": "Folder to which the data_dir of tasks is relative."})
     jobs: int = field(
-        default=1, metadata={"help": "Number of worker processes; where there are GPUs, each gets one of them."}
+        default=1, metadata={"help": "Number of worker processes; if there are GPUs, each uses one of them."}
     )
     report_only: bool = field(default=False, metadata={"help": "Only rebuild report and plots from the results."})
 
@@ -74,7 +74,7 @@ class CompareArguments:
 
 @dataclass
 class ScriptArguments:
-    """One task without a YAML file: a Trainer script of your own, its arguments behind --."""
+    """One task without a YAML file: a Trainer script, with its arguments after --."""
 
     script: str | None = field(default=None, metadata={"help": "Path of a Trainer script, which is run unmodified."})
     module: str | None = field(
@@ -82,16 +82,19 @@ class ScriptArguments:
     )
     metric: str | None = field(
         default=None,
-        metadata={"help": "What chooses the learning rate: a key of its all_results.json; by default eval_loss."},
+        metadata={
+            "help": "Metric for choosing the learning rate: a key of its all_results.json; by default eval_loss."
+        },
     )
     heldout_metric: str | None = field(
-        default=None, metadata={"help": "What is compared, if the script scores other data for it; by default metric."}
+        default=None,
+        metadata={"help": "Metric to compare, if the script scores other data for it; by default metric."},
     )
     greater_is_better: bool | None = field(
-        default=None, metadata={"help": "Direction of the metric, where its name does not tell."}
+        default=None, metadata={"help": "Direction of the metric, if its name does not imply it."}
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Centre of the range of Adam's learning rates; by default 5e-5."}
+        default=None, metadata={"help": "Center of the range of Adam's learning rates; by default 5e-5."}
     )
     learning_rates: list[float] | None = field(
         default=None, metadata={"help": "The learning rates to try, the same for all optimizers."}
@@ -104,12 +107,12 @@ class ScriptArguments:
             words: the script's own arguments.
 
         Raises:
-            InputError: an option is given that belongs to a script, but no script.
+            InputError: an option for scripts is given without a script.
         """
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         if self.script is None and self.module is None:
             if given or words:
-                what = next(iter(given), None) or "the arguments behind --"
+                what = next(iter(given), None) or "the arguments after --"
                 raise InputError(f"{what}: given without script or module")
             return {}
         name = Path(self.script).stem if self.script else self.module.rpartition(".")[2]
@@ -117,13 +120,13 @@ class ScriptArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command.
+    """Run the command.
 
     Args:
         argv: the command line; ``sys.argv[1:]`` by default.
 
     Raises:
-        InputError: something given cannot be used; nothing has been trained.
+        InputError: an argument or file cannot be used; nothing has been trained.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     refuse_several_processes("hf-dualadam compare")
@@ -159,10 +162,10 @@ def read_command_line(argv: list[str]) -> tuple[CompareArguments, Comparison | N
         argv: the command line.
 
     Returns:
-        Where and how to run, and the comparison (None for the report only).
+        Options for output and workers, and the comparison (None for the report only).
 
     Raises:
-        InputError: something given cannot be used.
+        InputError: an argument or file cannot be used.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     ours, words = short_forms(argv[:end]), argv[end + 1 :]
@@ -182,7 +185,7 @@ def read_command_line(argv: list[str]) -> tuple[CompareArguments, Comparison | N
 
 
 def short_forms(argv: list[str]) -> list[str]:
-    """Let ``--optimizers a b`` stand for a mapping and ``--seeds N`` for a number of seeds."""
+    """Accept ``--optimizers a b`` for a mapping and ``--seeds N`` for a number of seeds."""
     argv, result = list(argv), []
     while argv:
         word = argv.pop(0)
@@ -207,7 +210,7 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def describe(comparison: Comparison, laboratory: Laboratory, command: list[str]) -> dict[str, Any]:
-    """What the report says about the comparison: settings, sizes, command and versions."""
+    """Description of the comparison for the report: settings, sizes, command and versions."""
     return {
         "name": comparison.name,
         "question": comparison.question,
@@ -235,16 +238,16 @@ def describe(comparison: Comparison, laboratory: Laboratory, command: list[str])
 
 
 def write(folder: Path, study: Study, results: Results, description: dict[str, Any]) -> None:
-    """Write the results so far; several processes may be about to."""
+    """Write the results so far; safe with several processes."""
     with FileLock(folder / ".results.lock"):
         write_results(folder, study.rows(results), study.curves(results), description)
 
 
 class Progress:
-    """A bar with the time left, and a line for each finished run.
+    """A progress bar with the remaining time, and a line for each finished run.
 
     Args:
-        study: whose runs are counted, those of other processes too.
+        study: the study whose runs are counted, including those of other processes.
     """
 
     def __init__(self, study: Study):
@@ -257,11 +260,11 @@ class Progress:
         return self
 
     def __exit__(self, *error) -> None:
-        """Leave the bar as it is."""
+        """Keep the bar on the screen."""
         self.bar.close()
 
     def update(self, results: Results) -> None:
-        """Show what is new in the results."""
+        """Show the new results."""
         for run in self.study.known_runs(results):
             if run.key in results and run.key not in self.shown:
                 self.shown.add(run.key)
@@ -280,13 +283,13 @@ def _line(run: RunSpec, result: dict[str, Any]) -> str:
 
 
 def work_here(study: Study, laboratory: Laboratory) -> Iterator[Results]:
-    """Do the runs in this process; yields all results after each."""
+    """Execute the runs in this process; yield all results after each."""
     for _, results in study.work(laboratory.execute):
         yield results
 
 
 def work_in_processes(study: Study, storage: str, folder: Path, arguments: CompareArguments) -> Iterator[Results]:
-    """Do the runs in worker processes; yields all results from time to time.
+    """Execute the runs in worker processes; yield all results at intervals.
 
     Raises:
         InputError: all workers have ended and runs are left.
@@ -318,7 +321,7 @@ def work_in_processes(study: Study, storage: str, folder: Path, arguments: Compa
 
 
 def _worker(comparison: Comparison, storage: str, folder: str, data_root: str) -> None:
-    """The whole life of a worker process."""
+    """The main function of a worker process."""
     logging.getLogger("hf_dualadam").setLevel(logging.ERROR)
     _stop_on_sigterm()
 
@@ -332,23 +335,23 @@ def _worker(comparison: Comparison, storage: str, folder: str, data_root: str) -
 
 
 def _stop_on_sigterm() -> None:
-    """End by an exception, so that the run goes back into the queue and a script's process is ended."""
+    """Exit with an exception, so that the run returns to the queue and the script's process is stopped."""
     import signal
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
 
 
 def _gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES can name here."""
+    """The devices that CUDA_VISIBLE_DEVICES can name."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _worker_environment(index: int, jobs: int, gpus: list[str]) -> dict[str, str]:
-    """One GPU for each worker, or its share of the cores.
+    """Assign each worker a GPU, or an equal number of cores.
 
-    Threads that wait by spinning slow down other workers on the same cores, to a seventh of their speed and less.
+    Waiting threads that spin slow down other workers on the same cores by a factor of 7 and more.
     OpenMP reads both settings when torch is loaded.
     """
     if gpus:
@@ -362,7 +365,7 @@ def _worker_environment(index: int, jobs: int, gpus: list[str]) -> dict[str, str
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes that are started meanwhile."""
+    """Set environment variables for processes started within the context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -377,7 +380,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def run_command(argv: list[str] | None = None) -> None:
     """:func:`main` as a program: errors of input and Ctrl-C are one line on stderr, with exit status 2 and 130."""
-    logging.getLogger("hf_dualadam").setLevel(logging.ERROR)  # its warnings are about single runs
+    logging.getLogger("hf_dualadam").setLevel(logging.ERROR)  # its warnings concern single runs
     try:
         run_main(lambda: main(argv))
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a comparison consists of: a YAML file -> checked settings -> the list of runs."""
+"""The definition of a comparison: YAML file -> checked settings -> list of runs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..finetuning.tasks import KINDS
 from .baselines import BASELINES, OptimizerSetting, baseline
 from .metric import Metric, known_direction
 
-# What a comparison sets itself, and a task's arguments must leave alone.
+# Options that a comparison sets; the arguments of a task must not contain them.
 RESERVED = ("learning_rate", "optim", "optim_args", "seed", "output_dir")
-# Points of the training, as shares of its steps, at which the inverse share is noted.
+# Points of the training, as fractions of the steps, at which the inverse share is recorded.
 SHARE_POINTS = {"inverse_share_1pct": 0.01, "inverse_share_10pct": 0.1, "inverse_share_50pct": 0.5}
 COLUMNS = (
     *("task", "optimizer", "optim_args", "learning_rate", "seed", "role", "steps"),
@@ -36,15 +36,15 @@ CURVE_COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSetting:
-    """One task of a comparison, of a kind that ``finetuning.tasks`` knows.
+    """One task of a comparison, of a kind in ``finetuning.tasks``.
 
     Attributes:
         script: the kind, whose script's arguments these are: "glue" (run_glue.py), "image_classification", "clm".
-        arguments: the script's own keys, those of TrainingArguments among them; ``max_steps`` is required.
-        learning_rate: centre of the range of Adam's learning rates.
+        arguments: options of the script, including TrainingArguments; ``max_steps`` is required.
+        learning_rate: center of the range of Adam's learning rates.
         learning_rates: the rates to try, the same for all optimizers; instead of ``learning_rate``.
-        selection_fraction: share of the training examples that is set aside to choose the learning rate.
-        label_noise: share of the remaining training labels that is replaced by random classes.
+        selection_fraction: fraction of the training examples that is set aside to choose the learning rate.
+        label_noise: fraction of the remaining training labels that is replaced by random classes.
     """
 
     script: str
@@ -65,23 +65,23 @@ class TaskSetting:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of a run with one gradient a step."""
+        """Optimizer steps of a run with one gradient per step."""
         return self.arguments["max_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptSetting:
-    """One task of a comparison that is a Trainer script of one's own, or an installed module.
+    """One task of a comparison that is a user's Trainer script or an installed module.
 
     Attributes:
         script: path of the script.
         module: name of a module that runs as ``python -m``; instead of ``script``.
-        arguments: what the script is given besides the optimizer's options: a list of words, or options by name.
+        arguments: arguments of the script apart from the optimizer's options: a list of words, or options by name.
         metric: key of its all_results.json or eval_results.json, or of what its Trainer logs; with or without the
             prefix ``eval_``. It chooses the learning rate.
-        heldout_metric: key of the final score, on other data. By default ``metric``: then choosing and scoring share
-            one set.
-        greater_is_better: the direction of both; needed only where the metric's name does not tell.
+        heldout_metric: key of the final score, on other data. By default ``metric``: the rate is then chosen on the
+            data of the final score.
+        greater_is_better: the direction of both; required only if the metric's name does not imply it.
         learning_rate: as for :class:`TaskSetting`; by default that of TrainingArguments.
         learning_rates: as for :class:`TaskSetting`.
     """
@@ -94,13 +94,13 @@ class ScriptSetting:
     greater_is_better: bool | None = None
     learning_rate: float | None = None
     learning_rates: list[float] | None = None
-    checksum: str = field(init=False, default="")  # of the script's text: a changed script makes other runs
+    checksum: str = field(init=False, default="")  # of the script's text, so that a changed script has new runs
 
-    label_noise = 0.0  # nobody but the script changes its data
-    steps = None  # known to the script alone
+    label_noise = 0.0  # the comparison does not change the script's data
+    steps = None  # known only to the script
 
     def __post_init__(self):
-        """Check that there is such a script, and the ranges."""
+        """Check that the script exists, and the ranges."""
         if self.learning_rate is None and self.learning_rates is None:
             object.__setattr__(self, "learning_rate", 5e-5)
         _check_rates(self)
@@ -112,7 +112,7 @@ class ScriptSetting:
         else:
             _check(_is_module(self.module), "module", self.module, "the name of an installed module")
         direction = self.greater_is_better if self.greater_is_better is not None else known_direction(self.metric)
-        _check(direction is not None, "greater_is_better", None, f"true or false: {self.metric!r} does not tell which")
+        _check(direction is not None, "greater_is_better", None, f"true or false: {self.metric!r} does not imply it")
         _check_reserved(self.arguments)
         self.command_line()
 
@@ -129,15 +129,14 @@ class ScriptSetting:
 
     @property
     def curve_columns(self) -> dict[str, tuple[str, ...]]:
-        """Columns of the curves -> the script's names for them while it trains."""
+        """Columns of the curves, mapped to the names that the script logs during training."""
         columns = {name: (name,) for name in ("loss", "alpha", "inverse_share")}
         return columns | {"selection_loss": ("eval_loss",), "selection_metric": (self.metric, f"eval_{self.metric}")}
 
     def command_line(self) -> list[str]:
         """The arguments as words.
 
-        ``true`` stands for the option alone; mappings and lists within a mapping are written as JSON and as several
-        words.
+        ``true`` becomes the option alone. Within a mapping, mappings are written as JSON, and lists as several words.
         """
         if isinstance(self.arguments, list):
             return [str(word) for word in self.arguments]
@@ -177,7 +176,7 @@ def _check_reserved(arguments: list[Any] | dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class SharpnessSetting:
-    """How sharpness is measured after each final run.
+    """Options for measuring sharpness after each final run.
 
     Attributes:
         examples: number of training examples, the same for all runs; 0 for no measurement.
@@ -197,7 +196,7 @@ class ComparisonArguments:
     """The keys of a comparison's YAML file.
 
     ``tasks`` maps names to the keys of :class:`TaskSetting` or :class:`ScriptSetting`, ``optimizers`` maps names to
-    nothing or to :class:`OptimizerSetting`'s keys (``base`` by default the name itself), ``sharpness`` holds
+    nothing or to the keys of :class:`OptimizerSetting` (``base`` defaults to the name), ``sharpness`` holds
     :class:`SharpnessSetting`'s keys.
     """
 
@@ -208,7 +207,7 @@ class ComparisonArguments:
     name: str = field(default="comparison", metadata={"help": "Name of the comparison in the storage and the report."})
     question: str = field(
         default="Does DualAdam generalize better than AdamW, and than AdamW with the same warm-up?",
-        metadata={"help": "What the comparison asks; stands at the head of the report."},
+        metadata={"help": "Question of the comparison, shown at the top of the report."},
     )
     num_seeds: int = field(default=5, metadata={"help": "Number of final runs, with the seeds 0, 1, 2, ..."})
     seeds: list[int] = field(
@@ -217,16 +216,21 @@ class ComparisonArguments:
     selection_seeds: list[int] = field(
         default_factory=lambda: [1000], metadata={"help": "Seeds of the runs that choose the learning rate."}
     )
-    num_learning_rates: int = field(default=3, metadata={"help": "Learning rates tried for each optimizer."})
-    learning_rate_factor: float = field(default=3.0, metadata={"help": "Ratio of neighbouring learning rates."})
+    num_learning_rates: int = field(
+        default=3, metadata={"help": "Number of learning rates to try for each optimizer."}
+    )
+    learning_rate_factor: float = field(default=3.0, metadata={"help": "Ratio of consecutive learning rates."})
     switch_fraction: float = field(
-        default=0.16, metadata={"help": "Share of the steps for the inverse phase and for the control's warm-up."}
+        default=0.16,
+        metadata={"help": "Length of the inverse phase and of the control's warm-up, as a fraction of the steps."},
     )
     references: list[str] = field(
         default_factory=list,
-        metadata={"help": "What each optimizer is compared with; by default adamw and the same warm-up."},
+        metadata={"help": "Optimizers to compare the others with; by default adamw and the same warm-up."},
     )
-    sharpness: dict[str, Any] = field(default_factory=dict, metadata={"help": "How sharpness is measured (YAML)."})
+    sharpness: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Options for measuring sharpness (YAML)."}
+    )
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class RunSpec:
         learning_rate: the highest rate of the schedule.
         seed: of weights, data order and dropout.
         role: "selection" or "final".
-        digest: short hash of all settings that bear on the result.
+        digest: short hash of all settings that affect the result.
     """
 
     task: str
@@ -276,7 +280,7 @@ class Comparison:
     sharpness: SharpnessSetting
 
     def learning_rates(self, task: str, optimizer: str) -> list[float]:
-        """The learning rates to try, lowest first: those given, or around the centre of the optimizer's range."""
+        """The learning rates to try in increasing order: the given ones, or around the center of the range."""
         setting = self.tasks[task]
         if setting.learning_rates is not None:
             return sorted(setting.learning_rates)
@@ -286,7 +290,7 @@ class Comparison:
         return [float(f"{centre * self.learning_rate_factor**exponent:.3g}") for exponent in exponents]
 
     def steps(self, task: str, optimizer: str) -> int | None:
-        """Optimizer steps of a run: equal budgets mean an equal number of gradients. None where the script decides."""
+        """Optimizer steps of a run: equal budgets mean an equal number of gradients. None if the script decides."""
         steps = self.tasks[task].steps
         return steps and max(1, steps // self.optimizers[optimizer].baseline.gradients_per_step)
 
@@ -302,14 +306,14 @@ class Comparison:
         return RunSpec(task, optimizer, learning_rate, seed, role, digest)
 
     def selection_runs(self, task: str, optimizer: str) -> list[RunSpec]:
-        """The runs that choose the learning rate of one optimizer on one task; none where there is only one rate."""
+        """The runs that choose the learning rate of one optimizer on one task; none if there is only one rate."""
         rates = self.learning_rates(task, optimizer)
         if len(rates) == 1:
             return []
         return [self.run(task, optimizer, rate, seed, "selection") for rate in rates for seed in self.selection_seeds]
 
     def final_runs(self, task: str, optimizer: str, learning_rate: float) -> list[RunSpec]:
-        """The runs at the chosen learning rate."""
+        """The final runs, at the chosen learning rate."""
         return [self.run(task, optimizer, learning_rate, seed, "final") for seed in self.seeds]
 
     def empty_row(self, run: RunSpec) -> dict[str, Any]:
@@ -320,11 +324,11 @@ class Comparison:
         return row | {"optim_args": self.optimizers[run.optimizer].describe(), "steps": steps}
 
     def pairs(self) -> list[tuple[str, str]]:
-        """All (task, optimizer)."""
+        """All pairs (task, optimizer)."""
         return [(task, optimizer) for task in self.tasks for optimizer in self.optimizers]
 
     def size(self) -> int:
-        """Number of runs, both roles."""
+        """Number of runs of both roles."""
         return sum(len(self.selection_runs(*pair)) + len(self.seeds) for pair in self.pairs())
 
 
@@ -338,7 +342,7 @@ def make_comparison(args: ComparisonArguments) -> Comparison:
         The comparison.
 
     Raises:
-        InputError: an unknown key, a value of the wrong type or out of range, nothing to compare.
+        InputError: a key is unknown, a value has the wrong type or is out of range, or there is nothing to compare.
     """
     _check(bool(args.tasks), "tasks", args.tasks, "at least one task")
     _check(bool(args.optimizers), "optimizers", args.optimizers, "at least one optimizer")
@@ -380,12 +384,12 @@ def _task(where: str, values: Any) -> TaskSetting | ScriptSetting:
 
 
 def _check_for_script(task: str, optimizers: dict[str, OptimizerSetting]) -> None:
-    """Refuse optimizers that a script cannot choose by ``--optim``."""
+    """Refuse optimizers that a script cannot select with ``--optim``."""
     for name, setting in optimizers.items():
         if not setting.runs_in_scripts:
             raise InputError(
-                f"optimizers.{name}: {setting.base} is not an optimizer that a script can choose by --optim and "
-                f"--optim_args, and {task} is a script of its own"
+                f"optimizers.{name}: {setting.base} is not an optimizer that a script can select with --optim and "
+                f"--optim_args, and {task} is a script"
             )
 
 
@@ -405,7 +409,7 @@ def _optimizer(name: str, values: Any, switch_fraction: float) -> OptimizerSetti
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
-    """One settings object from a mapping, with errors that say where in the file they belong."""
+    """Build a settings object from a mapping; errors name the place in the file."""
     check_type(where, values, dict[str, Any])
     types = typing.get_type_hints(cls)
     hints = {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init}

@@ -1,4 +1,4 @@
-"""Does one run of a comparison, whatever its task: a run specification -> a row of results."""
+"""Execute one run of a comparison for any task: run specification -> row of results."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .script_runs import ScriptRuns
 
 
 class Laboratory:
-    """Executes the runs of a comparison; loads each task once.
+    """Executes the runs of a comparison; each task is loaded once.
 
     Args:
-        comparison: what is compared.
-        folder: of the comparison, for the logs of scripts.
-        data_root: folder that ``data_dir`` of a task is relative to.
+        comparison: the comparison.
+        folder: folder of the comparison, for the logs of scripts.
+        data_root: folder to which ``data_dir`` of a task is relative.
     """
 
     def __init__(self, comparison: Comparison, folder: Path, data_root: Path = Path()):
@@ -32,35 +32,35 @@ class Laboratory:
         """A task's metric.
 
         Raises:
-            InputError: the task cannot be loaded as the file says.
+            InputError: the task cannot be loaded.
         """
         return self._of(task).metric
 
     def facts(self, task: str) -> dict[str, Any]:
-        """What a report says of a task's data: numbers of examples, where they are known here."""
+        """Numbers of examples of a task for the report, where they are known."""
         return self._of(task).facts
 
     def execute(self, spec: RunSpec) -> dict[str, Any]:
-        """Do one run. What goes wrong in it ends up in the row's ``status``, and the process lives on.
+        """Execute one run. Errors are recorded in the row's ``status``, and the process continues.
 
         Args:
             spec: the run.
 
         Returns:
-            ``row``: the results by column of ``COLUMNS``, None where there is none; ``curves``: logged numbers, a dict
-            per step; ``score``: the selection metric, greater is better, or None for a run that failed;
-            ``wall_seconds``: duration with loading, evaluation and sharpness.
+            ``row``: the results by column of ``COLUMNS``, None if missing; ``curves``: logged values, one dict per
+            step; ``score``: the selection metric, greater is better, or None for a failed run; ``wall_seconds``:
+            duration including loading, evaluation and sharpness.
 
         Raises:
-            InputError: a script of one's own fails before it trains, or does not report the metric, so that all its
-                runs would fail alike.
+            InputError: a user's script fails before it trains, or does not report the metric, so that all its runs
+                would fail.
         """
         started, row = time.monotonic(), self.comparison.empty_row(spec)
         runs = self._of(spec.task)
         curves: list[dict[str, float]] = []
         try:
             runs.run(spec, row, curves)
-        except Exception as error:  # the other runs go on
+        except Exception as error:  # the other runs continue
             if isinstance(error, InputError) and isinstance(runs, ScriptRuns):
                 raise
             row["status"] = f"crashed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -75,17 +75,17 @@ class Laboratory:
                 self._runs[task] = ScriptRuns(task, self.comparison, self.folder)
             else:
                 self._runs[task] = KindRuns(task, self.comparison, self.data_root)
-                gc.freeze()  # modules and data stay: the collections after each run need not look through them
+                gc.freeze()  # modules and data stay, so the collections after each run can skip them
         return self._runs[task]
 
     def close(self) -> None:
-        """Let modules and data be collected again, so that extensions do not report them as leaked at exit."""
+        """Make modules and data collectable again, so that extensions do not report leaks at exit."""
         self._runs.clear()
         gc.unfreeze()
 
 
 def _json_number(value: Any) -> Any:
-    """Floats rounded to 6 digits; those that are not finite have no place in JSON."""
+    """Round floats to 6 digits; replace non-finite ones, which JSON cannot represent."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

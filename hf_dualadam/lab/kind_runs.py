@@ -1,4 +1,4 @@
-"""Runs of a task of a known kind, in this process: train with one optimizer, evaluate, measure sharpness."""
+"""Execute runs of a kind of task in this process: train with one optimizer, evaluate, measure sharpness."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from .comparison import COLUMNS, SHARE_POINTS, Comparison, RunSpec, TaskSetting
 from .metric import Metric
 from .sharpness import measure_sharpness
 
-# The selection split and the noisy labels are the same in all runs. The seed of the labels differs from that of the
-# training examples that are scored after training (0), which would otherwise be the noisy ones.
+# The selection split and the noisy labels are the same in all runs. The seed of the labels differs from the
+# seed (0) of the training examples that are scored after training, which would otherwise be the noisy ones.
 SPLIT_SEED, NOISE_SEED = 0, 1
 CURVE_POINTS = 12
 EVALUATIONS = 5  # on the selection split during a final run, for the curves
 
 
 class KindRuns:
-    """Executes the runs of one task; loads it once.
+    """Executes the runs of one task, which is loaded once.
 
     Args:
-        name: of the task.
-        comparison: what is compared.
-        data_root: folder that ``data_dir`` is relative to.
+        name: name of the task.
+        comparison: the comparison.
+        data_root: folder to which ``data_dir`` is relative.
 
     Raises:
-        InputError: the task cannot be loaded as the file says.
+        InputError: the task cannot be loaded.
     """
 
     def __init__(self, name: str, comparison: Comparison, data_root: Path = Path()):
@@ -55,16 +55,16 @@ class KindRuns:
         self.facts |= {"majority": self.task.baseline, "shares_selection": False}
 
     def run(self, spec: RunSpec, row: dict[str, Any], curves: list[dict[str, float]]) -> None:
-        """Do one run.
+        """Execute one run.
 
         Args:
             spec: the run.
-            row: takes the results.
-            curves: takes the logged numbers.
+            row: receives the results.
+            curves: receives the logged values.
         """
         optimizer = self.comparison.optimizers[spec.optimizer]
         final = spec.role == "final"
-        # The first data set is also evaluated while training, for the curves: never the held-out one.
+        # The first data set is also evaluated during training, for the curves; it is never the held-out one.
         splits = {"_selection": self.selection, **(self.task.eval_datasets if final else {})}
         recorder = Recorder(row["steps"], self.metric.name, curves)
         with tempfile.TemporaryDirectory() as folder, _PeakMemory() as memory:
@@ -107,12 +107,12 @@ class KindRuns:
 
 
 class Recorder(TrainerCallback):
-    """Logs at fixed points of the run, keeps the curves and stops a run that has diverged.
+    """Logs at fixed points of the run, records the curves and stops a run that has diverged.
 
     Args:
         steps: planned optimizer steps.
-        metric: evaluation metric to keep.
-        curves: list that takes the logged numbers, a dict per step.
+        metric: evaluation metric to record.
+        curves: list that receives the logged values, one dict per step.
     """
 
     def __init__(self, steps: int, metric: str, curves: list[dict[str, float]]):
@@ -120,16 +120,16 @@ class Recorder(TrainerCallback):
         self.share_steps = {name: max(1, round(share * steps)) for name, share in SHARE_POINTS.items()}
         self.log_steps = {1, *self.share_steps.values()}
         self.log_steps |= {max(1, round(steps * point / CURVE_POINTS)) for point in range(1, CURVE_POINTS + 1)}
-        # Trainer's names -> those of CURVE_COLUMNS
+        # Trainer's names -> columns of CURVE_COLUMNS
         self.kept = {name: name for name in ("loss", "alpha", "inverse_share")}
         self.kept |= {"eval_loss": "selection_loss", f"eval_{metric}": "selection_metric"}
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask for a log at this run's points."""
+        """Request a log at the points of this run."""
         control.should_log = state.global_step in self.log_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Keep the numbers; stop on a loss or gradient that is not finite."""
+        """Record the values; stop on a non-finite loss or gradient."""
         logged = {ours: logs[theirs] for theirs, ours in self.kept.items() if logs.get(theirs) is not None}
         if not self._training or not logged:
             return
@@ -141,17 +141,17 @@ class Recorder(TrainerCallback):
         )
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Leave the evaluations after training out of the curves."""
+        """Exclude the evaluations after training from the curves."""
         self._training = False
 
     def shares(self) -> dict[str, float]:
-        """The inverse share at the points of :data:`SHARE_POINTS`, where the optimizer has one."""
+        """The inverse share at the points of :data:`SHARE_POINTS`, if the optimizer has one."""
         logged = {point["step"]: point["inverse_share"] for point in self.curves if "inverse_share" in point}
         return {name: logged[step] for name, step in self.share_steps.items() if step in logged}
 
 
 class _PeakMemory:
-    """Highest memory of this process within the context, in bytes: allocated on the GPU, or else resident."""
+    """Peak memory of this process within the context, in bytes: allocated on the GPU, otherwise resident."""
 
     def __enter__(self) -> _PeakMemory:
         self.peak, self._stop = 0, threading.Event()
@@ -175,7 +175,7 @@ class _PeakMemory:
 
 
 def _load_task(setting: TaskSetting, data_root: Path) -> tuple[Task, Dataset, dict[str, Any]]:
-    """The task with its noisy training part, its selection split, and the values for TrainingArguments."""
+    """The task with noisy training labels, its selection split, and values for TrainingArguments."""
     kind = task_kind(setting.script)
     values = dict(setting.arguments)
     if values.get("data_dir"):
@@ -183,13 +183,13 @@ def _load_task(setting: TaskSetting, data_root: Path) -> tuple[Task, Dataset, di
     names = {field.name for cls in kind.argument_classes for field in dataclasses.fields(cls)}
     own = {name: value for name, value in values.items() if name in names}
     training = {name: value for name, value in values.items() if name not in names}
-    # Errors of all arguments now, not in the first run.
+    # Report errors in any argument now, not in the first run.
     training_args = _training_arguments(kind.training_arguments, training, 1, final=True, output_dir="unused")
     task = kind.build(*from_values(kind.argument_classes, own, defaults=lambda given: {}), training_args=training_args)
     task, selection = _carve(task, setting)
-    if task.trainer_cls is Trainer:  # others prepare the examples themselves
+    if task.trainer_cls is Trainer:  # other trainers prepare the examples
         eval_view, train_view = _in_memory(task.eval_view), _in_memory(task.train_view)
-        if task.augments:  # only the augmentation is done anew for each epoch
+        if task.augments:  # only the augmentation is repeated in each epoch
             decoded, augment = _in_memory(lambda dataset: dataset), task.train_view
             train_view = lambda dataset: augment(decoded(dataset))  # noqa: E731
         task = dataclasses.replace(task, eval_view=eval_view, train_view=train_view)
@@ -209,7 +209,7 @@ def _in_memory(view: Callable[[Any], Any]) -> Callable[[Dataset], list[Any]]:
 
 
 def _carve(task: Task, setting: TaskSetting) -> tuple[Task, Dataset]:
-    """Set the selection split aside, then replace a share of the remaining labels by random classes."""
+    """Set the selection split aside, then replace a fraction of the remaining labels by random classes."""
     order = np.random.default_rng(SPLIT_SEED).permutation(len(task.train_dataset))
     size = round(setting.selection_fraction * len(order))
     if not 0 < size < len(order):
@@ -221,11 +221,11 @@ def _carve(task: Task, setting: TaskSetting) -> tuple[Task, Dataset]:
 
 
 def randomize_labels(dataset: Dataset, share: float, classes: int) -> Dataset:
-    """Replace a share of the labels by classes drawn at random (which may hit the right one), always the same way.
+    """Replace a fraction of the labels by random classes (possibly the right one), the same in every call.
 
     Args:
-        dataset: with a label column.
-        share: in [0, 1].
+        dataset: a data set with a label column.
+        share: the fraction, in [0, 1].
         classes: number of classes.
 
     Raises:
@@ -245,7 +245,7 @@ def randomize_labels(dataset: Dataset, share: float, classes: int) -> Dataset:
 def _training_arguments(
     cls: type[TrainingArguments], values: dict[str, Any], steps: int, *, final: bool, **fixed: Any
 ) -> TrainingArguments:
-    """The task's values for TrainingArguments, and what a comparison fixes."""
+    """The task's values for TrainingArguments, and those set by the comparison."""
     (args,) = from_values(
         (cls,),
         values
@@ -253,7 +253,7 @@ def _training_arguments(
             "max_steps": steps,
             "do_train": True,
             "do_eval": True,
-            "logging_strategy": "no",  # the Recorder asks for logs
+            "logging_strategy": "no",  # the Recorder requests logs
             "logging_nan_inf_filter": False,
             "save_strategy": "no",
             "report_to": "none",
@@ -269,14 +269,14 @@ def _training_arguments(
 
 
 def _plain_training(cls: type[TrainingArguments]) -> dict[str, bool]:
-    """Without what TRL turns on, which is for large models on GPUs; Transformers has renamed one of the options."""
+    """Disable TRL's defaults for large models on GPUs; Transformers has renamed one of the options."""
     names = {field.name for field in dataclasses.fields(cls)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {"bf16": False, checkpointing: False}
 
 
 def _scores(metrics: dict[str, float], metric: Metric, final: bool) -> dict[str, float]:
-    """The row's metrics and losses from those of the run."""
+    """Metrics and losses of the row, from those of the run."""
     scores = {
         "selection_metric": metrics[f"eval_{metric.name}_selection"],
         "selection_loss": metrics["eval_loss_selection"],

@@ -1,10 +1,10 @@
-"""What a task is scored by: which direction is better, and how its values are shown."""
+"""The metric of a task: its direction, and how its values are displayed."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# By the end of their names. Fractions are shown times 100, and their differences in points.
+# By the end of the name. Fractions are shown times 100, and their differences in points.
 FRACTIONS = ("accuracy", "f1", "precision", "recall", "matthews_correlation", "pearson", "spearmanr", "auc")
 LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "rmse", "mae", "wer", "cer")
 
@@ -22,7 +22,7 @@ class Metric(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """What the metric is multiplied by so that greater is better."""
+        """Factor of the metric that makes greater values better."""
         return 1 if self.greater_is_better else -1
 
     @property
@@ -42,7 +42,7 @@ class Metric(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The name with its unit, for axes and the heads of tables."""
+        """The name with its unit, for axes and table headers."""
         return f"{self.words} [%]" if self.is_fraction else self.words
 
     @property

@@ -1,4 +1,4 @@
-"""The plots of a comparison, from its results alone."""
+"""The plots of a comparison, from its results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .comparison import CURVE_COLUMNS
 from .metric import Metric
 from .significance import Difference, mean_interval
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that is faint on white.
+# The colors of Okabe and Ito, which color-blind readers can distinguish, without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vP*"
 LINES = ("-", "--", "-.", ":")
@@ -36,14 +36,14 @@ def draw_all(
     differences: Mapping[str, Mapping[tuple[str, str], Difference]],
     folder: Path,
 ) -> dict[str, str]:
-    """Draw every figure that there are data for.
+    """Draw all plots for which there are data.
 
     Args:
-        runs: the results, one row a run.
-        curves: logged numbers of the final runs, one row a run and step.
+        runs: the results, one row per run.
+        curves: logged values of the final runs, one row per run and step.
         metrics: each task's metric.
         differences: paired differences by task.
-        folder: takes the PNG files.
+        folder: folder for the PNG files.
 
     Returns:
         Captions by file name, in the order in which a report shows them.
@@ -66,7 +66,7 @@ def draw_all(
             captions[name] = caption
 
     def series(name: str, caption: str, data: pd.DataFrame, draw: Draw, *, lines: bool = True) -> None:
-        """One series per optimizer; more than fit in a panel are shared out over several."""
+        """One series per optimizer, distributed over several panels if there are many."""
         if data.empty:
             return
         groups = style.groups_of(set(data["optimizer"]))
@@ -162,7 +162,7 @@ def draw_all(
 
 
 class _Style:
-    """Draws panels; an optimizer has the same colour and marker in all of them."""
+    """Draws panels in which an optimizer always has the same color and marker."""
 
     def __init__(self, optimizers: list[str]):
         self.optimizers = optimizers
@@ -176,12 +176,12 @@ class _Style:
         }
 
     def groups_of(self, present: set[str]) -> list[list[str]]:
-        """The groups that fit in a panel, of the optimizers that a figure shows; one group if they all fit."""
+        """Divide the optimizers of a plot into groups that fit in a panel."""
         groups = [[name for name in group if name in present] for group in self.groups]
         return [group for group in groups if group]
 
     def legend(self, axes: Axes, data: pd.DataFrame, lines: bool) -> None:
-        """Below the panel; without lines where the panel has none."""
+        """Draw the legend below the panel."""
         names = [name for name, _ in self._by_optimizer(data)]
         looks = {name: self.looks[name] if lines else self._dots(name) | {"linestyle": ""} for name in names}
         handles = [Line2D([], [], label=name, markersize=5, **looks[name]) for name in names]
@@ -224,7 +224,7 @@ class _Style:
         axes.grid(alpha=0.3)
 
     def rates(self, axes: Axes, data: pd.DataFrame, metric: Metric) -> None:
-        """Selection metric over the learning rate; a rate at which a run failed gets a cross on the axis."""
+        """Selection metric over the learning rate; rates with failed runs are marked by a cross on the axis."""
         for name, rows in self._by_optimizer(data):
             good = rows.groupby("learning_rate")["status"].agg(lambda status: (status == "ok").all())
             mean = metric.scale * rows.groupby("learning_rate")["selection_metric"].mean()
@@ -238,7 +238,7 @@ class _Style:
         axes.grid(alpha=0.3)
 
     def curves(self, axes: Axes, data: pd.DataFrame, column: str, label: str, scale: float, yscale="linear") -> None:
-        """Mean and range over the seeds against the part of the training that is done."""
+        """Mean and range over the seeds against the fraction of the training."""
         for name, rows in self._by_optimizer(data):
             by_step = (scale * rows.set_index("budget")[column]).groupby(level=0).agg(["mean", "min", "max"])
             colour = self.looks[name]["color"]
@@ -251,7 +251,7 @@ class _Style:
 
 
 def _forest(axes: Axes, differences: list[Difference], metric: Metric) -> None:
-    """One bar per difference, and the line of no difference."""
+    """One bar per difference, and a line at 0."""
     axes.axvline(0, color="0.6", linewidth=1, zorder=0)
     for row, difference in enumerate(differences):
         _bar(axes, row, *(metric.scale * value for value in (difference.mean, difference.low, difference.high)))
@@ -273,14 +273,14 @@ def _name_rows(axes: Axes, names: list[str], label: str) -> None:
 def _panels(
     path: Path, caption: str, parts: dict, draw: Callable, *, height: float, share_within_task: bool = False
 ) -> None:
-    """Draw one panel per part, titled by its name, under the caption.
+    """Draw one panel per part under a caption.
 
     Args:
-        path: takes the PNG.
-        caption: of the figure.
+        path: path of the PNG file.
+        caption: caption of the figure.
         parts: (data, task) by title.
-        draw: fills the axes of a title with its data.
-        height: of a panel in inches.
+        draw: draws the data of a title on its axes.
+        height: height of a panel in inches.
         share_within_task: give the panels of a task the same vertical range.
     """
     rows = math.ceil(len(parts) / PANELS_PER_ROW)
@@ -304,7 +304,7 @@ def _panels(
 
 
 def _log_x(axes: Axes) -> None:
-    """Logarithmic, with plain numbers: at 1, 2 and 5 of each decade, or at 1 where there are many."""
+    """Use a logarithmic axis with plain numbers at 1, 2 and 5 of each decade, or only at 1 if there are many."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     many = math.log10(high / low) > 2.5
@@ -314,7 +314,7 @@ def _log_x(axes: Axes) -> None:
 
 
 def _with_budget(curves: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """Add how much of the budget was spent at each step, in percent: optimizers differ in gradients a step."""
+    """Add the spent budget at each step in percent, since optimizers differ in gradients per step."""
     steps = final.groupby(["task", "optimizer"])["steps"].first().rename("steps").reset_index()
     merged = curves.merge(steps, on=["task", "optimizer"], how="inner")
     return merged.assign(budget=100 * merged["step"] / merged["steps"])

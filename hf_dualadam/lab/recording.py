@@ -1,8 +1,8 @@
-"""Runs a script through the launcher and records what its Trainer logs: one process of a comparison.
+"""Run a script through the launcher and record the logs of its Trainer: one process of a comparison.
 
 ``python -m hf_dualadam.lab.recording LOG SCRIPT.py ARGS...`` (or ``LOG -m MODULE ARGS...``) does what ``python -m
-hf_dualadam SCRIPT.py ARGS...`` does, and writes every log, evaluation and prediction of any Trainer in it to LOG, a
-JSON object per line. It ends with its process group as soon as the worker that started it is gone.
+hf_dualadam SCRIPT.py ARGS...`` does, and writes every log, evaluation and prediction of any Trainer in it to LOG, one
+JSON object per line. It kills its process group as soon as the worker that started it has died.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WATCH_SECONDS = 1.0
 
 
 class LogWriter(TrainerCallback):
-    """Appends the numbers of logs and predictions to a file.
+    """Appends the values of logs and predictions to a file.
 
     Args:
         path: the file.
@@ -44,7 +44,7 @@ class LogWriter(TrainerCallback):
         self._write(state, metrics)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Number of steps, and the highest memory of the process or the GPU."""
+        """Number of steps, and peak memory of the process or the GPU."""
         self._write(state, {"steps": state.global_step, "peak_memory_mb": peak_memory() / 2**20})
 
     def _write(self, state, numbers: dict[str, Any] | None) -> None:
@@ -56,7 +56,7 @@ class LogWriter(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Highest memory so far in bytes: allocated on the GPU, or else resident."""
+    """Peak memory so far in bytes: allocated on the GPU, otherwise resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
@@ -70,7 +70,7 @@ def peak_memory() -> int:
 
 
 def record(path: Path) -> None:
-    """Let every Trainer of this process write to a file.
+    """Make every Trainer of this process write to a file.
 
     Args:
         path: the file.
@@ -86,7 +86,7 @@ def record(path: Path) -> None:
 
 
 def end_with_parent() -> None:
-    """Kill this process group once the parent is gone: a killed worker cannot stop its script."""
+    """Kill this process group when the parent has died: a killed worker cannot stop its script."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -32,13 +32,13 @@ RESULTS, CURVES, STUDY, REPORT = "results.csv", "curves.csv", "study.json", "rep
 def write_results(
     folder: Path, rows: list[dict[str, Any]], curves: list[dict[str, Any]], study: dict[str, Any]
 ) -> None:
-    """Write what the report is made from; a reader of the files never sees half of one.
+    """Write the files on which the report is based, each atomically.
 
     Args:
-        folder: of the comparison.
+        folder: folder of the comparison.
         rows: the finished runs, by column of ``COLUMNS``.
-        curves: what was logged in the final runs.
-        study: the settings (see :func:`describe_study` in ``scripts/compare_optimizers.py``).
+        curves: logs of the final runs.
+        study: the settings (see :mod:`hf_dualadam.lab.compare`).
     """
     _replace(folder / RESULTS, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
     _replace(folder / CURVES, pd.DataFrame(curves, columns=CURVE_COLUMNS).to_csv(index=False))
@@ -49,10 +49,10 @@ def write_report(folder: Path) -> Path:
     """Build the report and its plots from the results in ``folder``.
 
     Args:
-        folder: holds results.csv, curves.csv and study.json.
+        folder: folder with results.csv, curves.csv and study.json.
 
     Returns:
-        The report's path.
+        The path of the report.
 
     Raises:
         InputError: a file is missing, or no run has finished yet.
@@ -368,7 +368,7 @@ class _Report:
 
 
 def _references(name: str, study: dict[str, Any]) -> list[str]:
-    """What an optimizer is compared with.
+    """The references of a comparison.
 
     By default AdamW, and AdamW with the warm-up of the same length (or the first one).
     """
@@ -416,7 +416,7 @@ def _picture(name: str, caption: str) -> str:
 
 
 def _number(value: float | None, scale: float = 1.0) -> str:
-    """Three digits, without an exponent where that is readable."""
+    """Three digits, without an exponent if that is readable."""
     if value is None or math.isnan(value):
         return "-"
     value *= scale
@@ -428,7 +428,7 @@ def _list(values: Iterable[Any]) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file in one move."""
+    """Write a file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

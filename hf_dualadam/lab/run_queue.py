@@ -1,8 +1,8 @@
-"""Shares the runs of a comparison between processes and machines, through an Optuna storage.
+"""Share the runs of a comparison among processes and machines through an Optuna storage.
 
-Optuna holds one trial per run and gives each to one worker. Two rules on top of it do the rest: the trial of a run is
-the first one with its key that is not lost (so two workers may both add the same run), and a running trial whose
-heartbeat has stopped is lost (so killed workers leave nothing to clean up).
+Optuna holds one trial per run and assigns each to one worker. Two rules complete this: the trial of a run is the first
+one with its key that is not lost (so two workers may add the same run), and a running trial whose heartbeat has
+stopped is lost (so killed workers need no cleanup).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def open_storage(address: str) -> BaseStorage:
     """Open or create a storage.
 
     Args:
-        address: a database URL (``sqlite:///...``, ``postgresql://...``), or the path of a journal file, on a network
-            file system only where that has file locks.
+        address: a database URL (``sqlite:///...``, ``postgresql://...``), or the path of a journal file (network file
+            systems need file locks).
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in address:
         return RDBStorage(address)
     Path(address).parent.mkdir(parents=True, exist_ok=True)
-    # The system releases this lock when its process is killed; Optuna's own would keep all others waiting for 30 s,
-    # long enough to be taken for dead themselves.
+    # The system releases this lock when its process is killed. Optuna's own lock would block the others for 30 s, long
+    # enough for them to be considered dead.
     return JournalStorage(JournalFileBackend(address, lock_obj=FileLock(f"{address}.lock")))
 
 
@@ -48,17 +48,17 @@ class RunQueue:
         storage: shared by all workers.
         name: of the comparison; a storage can hold several.
         heartbeat: seconds between heartbeats of a running trial.
-        patience: seconds without one after which it is lost; clocks of different machines are never compared.
+        patience: seconds without a heartbeat after which a trial is lost; clocks of machines are not compared.
     """
 
     def __init__(self, storage: BaseStorage, name: str, heartbeat: float = 5.0, patience: float = 45.0):
         self.storage, self.heartbeat, self.patience = storage, heartbeat, patience
         self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         self._study_id = storage.get_study_id_from_name(name)
-        self._heartbeats: dict[int, tuple[Any, float]] = {}  # trial number -> last one seen, and when by our clock
+        self._heartbeats: dict[int, tuple[Any, float]] = {}  # trial number -> last heartbeat, and when we saw it
 
     def trials(self) -> dict[str, FrozenTrial]:
-        """The trial that counts for each run, by key."""
+        """The valid trial of each run, by key."""
         found: dict[str, FrozenTrial] = {}
         for trial in self._study.get_trials(deepcopy=False):
             lost = trial.state == TrialState.FAIL and RESULT not in trial.user_attrs
@@ -71,7 +71,7 @@ class RunQueue:
         return {key: trial.user_attrs[RESULT] for key, trial in self.trials().items() if RESULT in trial.user_attrs}
 
     def add(self, keys: Iterable[str]) -> None:
-        """Add runs; those that are there already stay as they are."""
+        """Add runs; existing ones are unchanged."""
         known = self.trials()
         for key in keys:
             if key not in known:
@@ -84,7 +84,7 @@ class RunQueue:
             trial = trials.get(key)
             if trial is None or trial.state != TrialState.WAITING:
                 continue
-            with contextlib.suppress(UpdateFinishedTrialError):  # another worker was faster, or even done
+            with contextlib.suppress(UpdateFinishedTrialError):  # another worker has claimed or finished it
                 if self.storage.set_trial_state_values(self._id(trial), TrialState.RUNNING):
                     return key
         return None
@@ -114,7 +114,7 @@ class RunQueue:
             thread.join()
 
     def finish(self, key: str, result: Any, value: float | None) -> None:
-        """Store a claimed run's result, also if it was taken for lost meanwhile; the first result stays.
+        """Store the result of a claimed run, even if it has been considered lost; the first result is kept.
 
         Args:
             key: the run.
@@ -128,7 +128,7 @@ class RunQueue:
             self.storage.set_trial_state_values(self._id(trial), state, None if value is None else [value])
 
     def reclaim(self) -> list[str]:
-        """Put runs whose worker has died back into the queue; returns their keys."""
+        """Return runs of dead workers to the queue; return their keys."""
         now, lost = time.monotonic(), []
         for key, trial in self.trials().items():
             if trial.state != TrialState.RUNNING or RESULT in trial.user_attrs:

@@ -1,4 +1,4 @@
-"""Runs of a script of one's own: each is the script, unmodified, in a process of its own."""
+"""Execute runs of a user's script: each runs the unmodified script in a new process."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class ScriptRuns:
     """Executes the runs of one task that is a script.
 
     Args:
-        name: of the task.
-        comparison: what is compared.
-        folder: of the comparison; ``runs`` in it takes the metrics and the log of each run.
+        name: name of the task.
+        comparison: the comparison.
+        folder: folder of the comparison; metrics and log of each run are in its subfolder ``runs``.
     """
 
     def __init__(self, name: str, comparison: Comparison, folder: Path):
@@ -42,20 +42,20 @@ class ScriptRuns:
         self.facts: dict[str, Any] = {"shares_selection": self.setting.heldout_metric is None}
 
     def run(self, spec: RunSpec, row: dict[str, Any], curves: list[dict[str, float]]) -> None:
-        """Do one run.
+        """Execute one run.
 
         Args:
             spec: the run.
-            row: takes the results.
-            curves: takes the logged numbers.
+            row: receives the results.
+            curves: receives the logged values.
 
         Raises:
-            InputError: the script has never run yet and fails before it trains (wrong arguments, most often), or it
-                does not report the metric.
-            RuntimeError: it failed otherwise.
+            InputError: the first run of the script fails before it trains (mostly due to wrong arguments), or it does
+                not report the metric.
+            RuntimeError: the script fails in another way.
         """
         folder = self.folder / spec.slug
-        shutil.rmtree(folder, ignore_errors=True)  # of a worker that died
+        shutil.rmtree(folder, ignore_errors=True)  # left by a worker that died
         (folder / OUTPUT).mkdir(parents=True)
         command = self.command(spec, self.comparison.optimizers[spec.optimizer], folder)
         started = time.monotonic()
@@ -86,12 +86,12 @@ class ScriptRuns:
 
     def _fail(self, status: int, log: Path, *, trained: bool) -> None:
         last = next((line.strip() for line in reversed(_text(log).splitlines()) if line.strip()), "no output")
-        if not trained and not self.has_run:  # all its runs would fail like this
+        if not trained and not self.has_run:  # all its runs would fail in the same way
             raise InputError(f"tasks.{self.name}: {self.setting.target} fails before it trains: {last} (log: {log})")
         raise RuntimeError(f"{self.setting.target} ended with status {status}: {last[:160]} (log: {log})")
 
     def _scores(self, metrics: dict[str, float], *, final: bool) -> dict[str, float | None]:
-        """The row's metrics and losses."""
+        """Metrics and losses of the row."""
 
         def find(field: str, key: str) -> tuple[str, float]:
             for name in (key, f"eval_{key}"):
@@ -111,12 +111,12 @@ class ScriptRuns:
 
 
 def _loss_beside(name: str, metrics: dict[str, float]) -> float | None:
-    """The loss on the data that a metric was measured on: eval_loss for eval_accuracy."""
+    """The key of the loss on the same data as a metric: eval_loss for eval_accuracy."""
     return metrics.get(f"{name.partition('_')[0]}_loss")
 
 
 def _run_in_group(command: list[str], log: Path) -> int:
-    """Run a command with its output in a file; when this process is interrupted, all that it has started ends too."""
+    """Run a command with its output in a file; an interrupt stops the command and all of its processes."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -140,7 +140,7 @@ def _signal_group(process: subprocess.Popen, number: int) -> None:
 
 
 def _read_record(path: Path) -> list[dict[str, float]]:
-    """The lines that the run has logged; the last one may be cut off where it was killed."""
+    """The logged lines of a run; if it was killed, the last one may be incomplete."""
     lines = []
     for line in _text(path).splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -149,7 +149,7 @@ def _read_record(path: Path) -> list[dict[str, float]]:
 
 
 def _read_results(folder: Path) -> dict[str, float]:
-    """The numbers of the result files that Trainer's ``save_metrics`` writes."""
+    """The values in the result files of Trainer's ``save_metrics``."""
     results: dict[str, float] = {}
     for name in RESULT_FILES:
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
@@ -159,7 +159,7 @@ def _read_results(folder: Path) -> dict[str, float]:
 
 
 def _keep_metrics_only(folder: Path) -> None:
-    """Remove weights and checkpoints, which would fill the disk over many runs."""
+    """Remove weights and checkpoints, which would fill the disk."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -168,7 +168,7 @@ def _keep_metrics_only(folder: Path) -> None:
 
 
 def _curves(lines: list[dict[str, float]], columns: dict[str, tuple[str, ...]]) -> list[dict[str, float]]:
-    """The logged numbers by column of ``CURVE_COLUMNS``; one dict for each step."""
+    """The logged values by column of ``CURVE_COLUMNS``, one dict per step."""
     by_step: dict[int, dict[str, float]] = {}
     for line in lines:
         kept = {
@@ -183,7 +183,7 @@ def _curves(lines: list[dict[str, float]], columns: dict[str, tuple[str, ...]]) 
 
 
 def _inverse_shares(curves: list[dict[str, float]], steps: int | None) -> dict[str, float]:
-    """The inverse share at the points of ``SHARE_POINTS``, from the nearest log within a quarter of the way there."""
+    """The inverse share at the points of ``SHARE_POINTS``, from the nearest log within 25 % of the point."""
     logged = {point["step"]: point["inverse_share"] for point in curves if "inverse_share" in point}
     shares = {}
     for name, share in SHARE_POINTS.items() if logged and steps else ():

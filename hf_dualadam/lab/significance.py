@@ -1,4 +1,4 @@
-"""Means with intervals and differences paired by seed, corrected for their number, by scipy and statsmodels."""
+"""Means with intervals, and paired differences with corrected p-values, from scipy and statsmodels."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Difference(NamedTuple):
     Attributes:
         optimizer: name.
         reference: name of the other.
-        pairs: number of seeds that both finished.
+        pairs: number of seeds finished by both.
         mean: mean difference, optimizer minus reference; positive where the optimizer is better.
         low, high: its 95 % t interval.
         margin: the smallest margin within which the two are equivalent by two one-sided paired t tests (TOST) at the
-            5 % level: the farther end of the 90 % interval.
+            5 % level: the larger end of the 90 % interval in absolute value.
         p_value: of the two-sided paired t test.
         p_corrected: after Holm's correction for all differences of the task.
     """
@@ -50,12 +50,12 @@ class Difference(NamedTuple):
 
     @property
     def significant(self) -> bool:
-        """Whether the difference is shown at the 5 % level, after correction."""
+        """Whether the difference is significant at the 5 % level after correction."""
         return self.p_corrected < SIGNIFICANT
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Mean of ``values``, gaps left out, with its t interval.
+    """Mean of ``values`` without gaps, with its t interval.
 
     Args:
         values: the sample.
@@ -75,13 +75,13 @@ def paired_differences(
 ) -> dict[tuple[str, str], Difference]:
     """Compare optimizers with their references, seed by seed.
 
-    The t test is used and not Wilcoxon's, whose smallest possible p-value with 5 seeds is 0.0625.
+    This is a t test because Wilcoxon's smallest possible p-value with 5 seeds is 0.0625.
 
     Args:
         runs: the final runs of one task, with columns optimizer, seed and ``column``.
-        column: the figure to compare.
+        column: the quantity to compare.
         references: names of the optimizers that each optimizer is compared with.
-        sign: -1 where a smaller figure is better.
+        sign: -1 if smaller values are better.
 
     Returns:
         The differences by (optimizer, reference), without those that have fewer than 2 common seeds.
@@ -107,7 +107,7 @@ def paired_differences(
 def _p_value(difference: pd.Series) -> float:
     if np.ptp(difference) > 0:
         return float(stats.ttest_1samp(difference, 0.0).pvalue)
-    # Without any spread the t test is undefined: the sign test instead.
+    # The t test is undefined without spread; use the sign test.
     return 1.0 if difference.iloc[0] == 0 else 2.0 ** (1 - len(difference))
 
 
@@ -117,7 +117,7 @@ def _margin(difference: pd.Series) -> float:
 
 
 def verdict(difference: Difference, scale: float = 100.0, unit: str = "points") -> str:
-    """A difference in words: better, worse, or equivalent within what margin.
+    """Describe a difference: better, worse, or equivalent within a margin.
 
     Args:
         difference: positive where the optimizer is better.

@@ -1,4 +1,4 @@
-"""Works through a comparison: choose each learning rate, then run all seeds at it, with any number of workers."""
+"""Execute a comparison with any number of workers: choose each learning rate, then run all seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Study:
     """The state of a comparison in a queue.
 
     Args:
-        comparison: what is compared.
+        comparison: the comparison.
         queue: shared with the other workers.
     """
 
@@ -26,7 +26,7 @@ class Study:
         self.comparison, self.queue = comparison, queue
 
     def known_runs(self, results: Results) -> list[RunSpec]:
-        """All runs that can be named by now: the final ones of an optimizer follow from its selection runs."""
+        """All runs known so far; the final runs of an optimizer depend on its selection runs."""
         runs = [run for pair in self.comparison.pairs() for run in self.comparison.selection_runs(*pair)]
         for task, optimizer in self.comparison.pairs():
             rate = chosen_learning_rate(self.comparison, task, optimizer, results)
@@ -35,10 +35,10 @@ class Study:
         return runs
 
     def work(self, execute: Callable[[RunSpec], dict[str, Any]]) -> Iterator[tuple[RunSpec, Results]]:
-        """Do runs until none is left, here or with another worker.
+        """Execute runs until none is left, here or at another worker.
 
         Args:
-            execute: does one run; its result holds ``row``, ``curves`` and ``score``.
+            execute: executes one run; its result holds ``row``, ``curves`` and ``score``.
 
         Yields:
             After each run of this worker: the run and all results so far.
@@ -63,7 +63,7 @@ class Study:
         return [results[run.key]["row"] for run in self.known_runs(results) if run.key in results]
 
     def curves(self, results: Results) -> list[dict[str, Any]]:
-        """What was logged in the finished runs, a row per run and step."""
+        """The logs of the finished runs, one row per run and step."""
         return [
             {"task": run.task, "optimizer": run.optimizer, "seed": run.seed, "learning_rate": run.learning_rate}
             | point

@@ -1,4 +1,4 @@
-"""Sets ``optim`` and ``optim_args`` of every ``TrainingArguments``, for scripts that set their own."""
+"""Override ``optim`` and ``optim_args`` of every ``TrainingArguments``, for scripts that set their own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _said: set[str] = set()
 
 
 def override_from_environment() -> None:
-    """Let the environment variables of :mod:`hf_dualadam.startup` win over what scripts give to TrainingArguments.
+    """Let the environment variables of :mod:`hf_dualadam.startup` override what scripts pass to TrainingArguments.
 
-    They are set by ``hf-dualadam --optim NAME --optim_args ARGS SCRIPT``, and read each time that arguments are
-    built. What is replaced is printed once to stderr.
+    ``hf-dualadam --optim NAME --optim_args ARGS SCRIPT`` sets them; they are read each time that arguments are
+    created. Replaced values are printed once to stderr.
     """
     patched: Any = TrainingArguments
     original = patched.__post_init__

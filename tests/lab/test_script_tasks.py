@@ -73,8 +73,8 @@ def test_a_run_is_the_script_with_the_optimizers_options(tmp_path):
 @pytest.mark.parametrize(
     ("task", "optimizers", "message"),
     [
-        ({}, ["sam"], "optimizers.sam: sam is not an optimizer that a script can choose by --optim"),
-        ({}, ["nadam"], "optimizers.nadam: nadam is not an optimizer that a script can choose"),
+        ({}, ["sam"], "optimizers.sam: sam is not an optimizer that a script can select with --optim"),
+        ({}, ["nadam"], "optimizers.nadam: nadam is not an optimizer that a script can select"),
         (
             {"script": "missing.py"},
             ["adamw"],
@@ -85,7 +85,7 @@ def test_a_run_is_the_script_with_the_optimizers_options(tmp_path):
         (
             {"metric": "quality"},
             ["adamw"],
-            "greater_is_better: None - should be true or false: 'quality' does not tell",
+            "greater_is_better: None - should be true or false: 'quality' does not imply it",
         ),
         ({"learning_rate": 0.1}, ["adamw"], "learning_rate and learning_rates: give one of them"),
         ({"learning_rates": [0.0]}, ["adamw"], r"learning_rates: \[0.0\] - should be different numbers above 0"),
@@ -129,7 +129,7 @@ def test_short_form_and_file_are_not_mixed(tmp_path):
     plan.write_text(yaml.safe_dump({"tasks": {"plain": script_task()}, "optimizers": {"adamw": None}}))
     with pytest.raises(InputError, match="tasks: give them in the file, or a script on the command line, not both"):
         compare.read_command_line([str(plan), "--script", SCRIPT])
-    with pytest.raises(InputError, match="the arguments behind --: given without script or module"):
+    with pytest.raises(InputError, match="the arguments after --: given without script or module"):
         compare.read_command_line([str(plan), "--", "--max_steps", "3"])
 
 
@@ -144,7 +144,7 @@ def test_the_command_refuses_what_cannot_work_before_it_works(tmp_path, monkeypa
     with pytest.raises(InputError, match="jobs: 0 - should be at least 1"):
         compare.main([*line, "--jobs", "0"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="hf-dualadam compare: 2 processes were started, but it runs in one"):
+    with pytest.raises(InputError, match="hf-dualadam compare: supports one process, but 2 were started"):
         compare.main([*line, "--output_dir", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
 
