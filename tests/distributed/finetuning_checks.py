@@ -97,6 +97,6 @@ def check_summary_is_printed_once_and_the_folder_is_taken_by_one_job(folder):
     try:
         load_script("measure_sharpness").main([str(folder / "out"), *argv[:4]])
     except InputError as error:
-        assert "2 processes were started" in str(error)
+        assert "2 were started" in str(error)
     else:
         raise AssertionError("measured on two processes")
