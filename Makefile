@@ -2,7 +2,7 @@
 PYTHON ?= python
 PYTEST = $(PYTHON) -m pytest -n 2 --dist loadfile
 
-.PHONY: quality test-core test docs dist
+.PHONY: quality test-core test gpu-check docs dist
 
 quality:  ## lint, format check, types
 	$(PYTHON) -m ruff check .
@@ -14,6 +14,9 @@ test-core:  ## the optimizers and kernels alone
 
 test: quality  ## everything
 	$(PYTEST)
+
+gpu-check:  ## tests and benchmarks of the CUDA kernel, on a machine with a GPU; the table goes into docs/benchmarks.md
+	$(PYTHON) scripts/gpu_check.py
 
 docs:  ## the documentation site, into site/
 	$(PYTHON) -m mkdocs build --strict

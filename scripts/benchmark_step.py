@@ -6,6 +6,7 @@
     python scripts/benchmark_step.py --state_bits 8 --only kernel
     python scripts/benchmark_step.py --dtype bfloat16 --state_bits 8 --master_weight_bits 24 --baseline_dtype float32
     python scripts/benchmark_step.py --scaling scaling.png --json scaling.json
+    python scripts/benchmark_step.py --device cuda --host-only
 
 In every round, each optimizer takes one step and a large tensor is copied. A ratio is the median over rounds of the
 time divided by that of fused AdamW in the same round. All optimizers share parameters, gradients and moments.
@@ -46,6 +47,7 @@ MODELS = {  # the shapes come from the configuration; no weights are created
     "1b": ("llama", {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 7424, "vocab_size": 32000}),
 }
 LISTS = {"many-small": [(1000,)] * 2000, "one-large": [(97_656, 1_024)]}
+HOST_TENSORS = (199, 2_000, 10_000)  # BERT-base has 199
 SCALING = [round(10 ** (exponent / 2)) for exponent in range(12, 19)]  # 1 M to 1 B
 SCALING_TENSOR = 1_000_000
 BASELINE = "AdamW, fused"
@@ -385,6 +387,41 @@ def scaling(
     return results
 
 
+def host_times(rounds: int) -> list[dict[str, Any]]:
+    """Time what the host does in a step on the CUDA path: one-element tensors, kernels compiled but not launched."""
+    from hf_dualadam.kernels.dry_run import cuda_path_on_the_cpu
+
+    rows = []
+    with cuda_path_on_the_cpu():
+        for n in HOST_TENSORS:
+            params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(n)]
+            for p in params:
+                p.grad = torch.zeros(1)
+            optimizers = [DualAdam(params), torch.optim.AdamW(params, fused=True)]
+            times: list[list[float]] = [[], []]
+            for i in range(-2, max(rounds, 20_000 // n)):
+                for optimizer, own in zip(optimizers, times):
+                    start = time.perf_counter()
+                    optimizer.step()
+                    if i >= 0:
+                        own.append(time.perf_counter() - start)
+            ours, base = map(statistics.median, times)
+            rows.append(
+                {"tensors": n, "milliseconds": ours * 1e3, "adamw_milliseconds": base * 1e3, "ratio": ours / base}
+            )
+    return rows
+
+
+def host_table(rows: list[dict[str, Any]]) -> str:
+    """Times of the host as a Markdown table."""
+    lines = ["| tensors | DualAdam, CUDA path, ms | fused AdamW, one-element tensors on the CPU, ms | ratio |"]
+    lines.append("|---|---|---|---|")
+    for row in rows:
+        numbers = f"{row['milliseconds']:.3f} | {row['adamw_milliseconds']:.3f} | {row['ratio']:.2f}"
+        lines.append(f"| {row['tensors']:,} | {numbers} |")
+    return "\n".join(lines)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="minilm", help=f"{', '.join([*MODELS, *LISTS])} or a model configuration")
@@ -399,11 +436,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=21, help="steps of each optimizer; default 21")
     parser.add_argument("--only", default="", metavar="TEXT", help="time only fused AdamW and names that contain TEXT")
     parser.add_argument("--scaling", type=Path, metavar="PNG", help="time 1 M to 1 B parameters instead, and plot")
+    parser.add_argument("--host-only", action="store_true", help="time the host's part of a step; needs no GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to FILE")
     args = parser.parse_args()
     for name in ("threads", "rounds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"Invalid --{name}: {getattr(args, name)} - should be 1 or more.")
+    if args.host_only and args.device != "cuda":
+        parser.error("Invalid --host-only: only for --device cuda - the host does all of a step on the CPU.")
     if args.scaling:
         require_or_exit("finetune")  # it plots
     return args
@@ -411,7 +451,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    machine = Machine(args.device)
+    machine = Machine("cpu" if args.host_only else args.device)
     dtype = getattr(torch, args.dtype)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -419,7 +459,10 @@ def main() -> None:
     contending = contenders(formats)
     record = {"machine": machine.describe(), "dtype": args.dtype, "rounds": args.rounds, **formats}
     print(", ".join(f"{name} {value}" for name, value in record["machine"].items()))
-    if args.scaling:
+    if args.host_only:
+        record["host"] = host_times(args.rounds)
+        print(f"\n{host_table(record['host'])}")
+    elif args.scaling:
         record["scaling"] = scaling(args.scaling, contending, machine, dtype, args.rounds)
     else:
         chosen = {name: own for name, own in contending.items() if args.only in name or name == BASELINE}

@@ -25,6 +25,7 @@ Item = tuple[Tensor, Tensor, dict[str, Any]]  # parameter, gradient, state
 Batches = list[tuple[Group, list[Item]]]
 
 _PARAMS, _GRAD = operator.itemgetter("params"), operator.attrgetter("grad")
+_BLOCK = 256  # tensors that are looked at together, so that they stay in the cache
 # What a state may hold of a parameter besides, by format: corrections of 16-bit weights, scales of 8-bit moments.
 _CORRECTION, _SCALES = "weight_correction", ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _DTYPE, _PLACEMENTS = operator.attrgetter("dtype"), operator.attrgetter("placements")
@@ -80,42 +81,53 @@ class Part:
         self.addresses = [array("q", addresses_of(tensors)) for tensors in (params, exp_avgs, exp_avg_sqs, steps)]
         self._grad_addresses = addresses_of(grads)
         self.graph_tables = graph_tables
-        self._seen: list[Any] = []  # by the first look
+        self._seen: list[Any] = []  # by the first look, block by block
 
-    def look(self, params: list[Tensor], grads: list[Tensor], state: dict[Tensor, Any]) -> Found | None:
+    def look(self, params: list[Tensor], state: dict[Tensor, Any]) -> Found | None:
         """The tensors as they are now, if they still are what this part was made for.
 
         Args:
             params: the plan's parameters.
-            grads: their gradients.
             state: the optimizer's state.
         """
-        owners, own_grads = self._pick(params), self._pick(grads)
+        owners = self._pick(params)
+        shards: list[Tensor] = []
+        grads: list[Tensor] = []
+        addresses: list[int] = []
+        for number, begin in enumerate(range(0, len(owners), _BLOCK)):
+            seen, own_shards, own_grads = self._look_at(owners[begin : begin + _BLOCK], state)
+            if len(self._seen) == number:
+                self._seen.append(seen)
+            elif seen != self._seen[number]:
+                return None
+            shards += own_shards
+            grads += own_grads
+            addresses += addresses_of(own_grads)
+        if addresses != self._grad_addresses:  # no two devices have the same
+            if [*map(Tensor.get_device, grads)] != [*map(Tensor.get_device, shards)]:
+                return None
+            self._grad_addresses = addresses
+        return Found(owners, shards, grads, self._grad_addresses)
+
+    def _look_at(self, owners: list[Tensor], state: dict[Tensor, Any]) -> tuple[list[Any], list[Tensor], list[Tensor]]:
+        """What must not have changed of some parameters, what holds their numbers, and what holds their gradients'."""
+        grads = [*map(_GRAD, owners)]
         states = [*map(state.__getitem__, owners)]
         columns = [[*map(operator.itemgetter(name), states)] for name in self._names]
-        seen: list[Any] = [[*map(id, column)] for column in columns]
+        seen: list[Any] = [[*map(type, grads)], *([*map(id, column)] for column in columns)]
         if _CORRECTION not in self._names:
             seen.append(True in map(dict.__contains__, states, repeat(_CORRECTION)))
         shards = owners
         if self.sharded:
-            seen.append([*map(_PLACEMENTS, own_grads)])
-            shards, own_grads = [*map(local_tensor, owners)], [*map(local_tensor, own_grads)]
+            seen.append([*map(_PLACEMENTS, grads)])
+            shards, grads = [*map(local_tensor, owners)], [*map(local_tensor, grads)]
             columns = [[*map(local_tensor, column)] for column in columns]
-            seen += [[*map(type, tensors)] for tensors in (shards, own_grads, *columns)]
+            seen += [[*map(type, tensors)] for tensors in (shards, grads, *columns)]
         seen += map(addresses_of, (shards, *columns))
-        seen += [[*map(Tensor.numel, tensors)] for tensors in (shards, own_grads, *columns[1:])]
-        seen += [[*map(self._layout, tensors)] for tensors in (shards, own_grads)]
-        seen += [[*map(_DTYPE, own_grads)], True in map(Tensor.is_neg, own_grads)]
-        if not self._seen:
-            self._seen = seen
-        elif seen != self._seen:
-            return None
-        addresses = addresses_of(own_grads)
-        if addresses != self._grad_addresses:  # no two devices have the same
-            if [*map(Tensor.get_device, own_grads)] != [*map(Tensor.get_device, shards)]:
-                return None
-            self._grad_addresses = addresses
-        return Found(owners, shards, own_grads, self._grad_addresses)
+        seen += [[*map(Tensor.numel, tensors)] for tensors in (shards, grads, *columns[1:])]
+        seen += [[*map(self._layout, tensors)] for tensors in (shards, grads)]
+        seen += [[*map(_DTYPE, grads)], True in map(Tensor.is_neg, grads)]
+        return seen, shards, grads
 
     def run(self, found: Found, groups: list[Group]) -> None:
         """Count the step and update.
@@ -164,7 +176,7 @@ class Plan:
         self._fused = [index for index, group in enumerate(groups) if allows_kernels(group)]
         params = self._params(groups)
         self._param_ids = [*map(id, params)]
-        self._grad_types = [*map(type, map(_GRAD, params))]
+        self._idle = [place for place, param in enumerate(params) if param.grad is None]
         self._kernels = list(kernels)
         self._dead: list[Any] = []  # weak references whose tensors are gone; until then, ids are unique
         self._alive: list[Any] = []
@@ -211,17 +223,21 @@ class Plan:
         params = self._params(groups)
         if [*map(id, params)] != self._param_ids:
             return None
-        grads = [*map(_GRAD, params)]
-        if [*map(type, grads)] != self._grad_types:
+        if any(params[place].grad is not None for place in self._idle):
             return None
         found = []
         try:
             for part in self._parts:
-                tensors = part.look(params, grads, state)
+                tensors = part.look(params, state)
                 if tensors is None:
                     return None
                 found.append(tensors)
-        except (KeyError, TypeError, RuntimeError):  # part of a state is missing or no tensor, a gradient is sparse
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+        ):  # part of a state is missing or no tensor, a gradient is sparse
             return None
         left = [(group, collect(group, group["params"])) for i, group in enumerate(groups) if i not in self._fused]
         for places in (self._others, self._shared, self._left):
