@@ -26,6 +26,7 @@ step scalars        float64, on the host         float64, in each thread      fl
                                                                               if ``capturable``
 half precision      float32 copies               float32, block by block      float32 registers
 norms               float64 sums                 float64 sums, in lanes       float32 sums of scaled squares
+float32 sqrt and /  rounded correctly            rounded correctly            within 2 units in the last place
 ==================  ===========================  ===========================  ====================================
 """
 
