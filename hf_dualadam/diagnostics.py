@@ -1,4 +1,4 @@
-"""What the inverse part did in the last step, read off the optimizer's state without touching it (ours)."""
+"""Measure the inverse part of the last step from the optimizer's state, without changing it (ours)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .optimizers import DualAdam
 from .states import HALF_DTYPES, format_of, local_tensor
 
 _OPTIONS = ("betas", "eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
-# Elements that are measured at a time without the kernel: on the CPU, few enough to stay in a core's cache.
+# Elements per block without the kernel; on a CPU, few enough to stay in a core's cache.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**14, 2**24
-# Sums of float32 squares are right for values of a root mean square between these, and d is measured as _SCALE * d, so
-# that m/d (about 1) and m*d (down to 1e-25, from gradients of 3e-13) both are. What is not is measured in float64.
+# Sums of float32 squares are accurate for root mean squares between these bounds. d is scaled by _SCALE, so that both
+# m/d (about 1) and m*d (down to 1e-25, for gradients of 3e-13) are within them; others are summed in float64.
 _SMALLEST_RMS, _LARGEST_RMS, _SCALE = 1e-16, 1e16, 2.0**30
 
 
 class InverseStatistics(NamedTuple):
-    """The last optimizer step in figures.
+    """Statistics of the last optimizer step.
 
     Attributes:
-        alpha: weight of the inverse update, of the parameter that has made the most steps.
+        alpha: weight of the inverse update of the parameter with the most steps.
         inverse_share: norm of the inverse part, with its weight, over the norm of the whole update, over all
             parameters; 0 to about 1.
         inverse_rms_ratio: root mean square of m^*d over that of m^/d, both without weights and before
@@ -50,11 +50,11 @@ def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> Invers
 
     Args:
         optimizer: a DualAdam or InvAdam.
-        partitioned: its parameters are plain tensors that hold this process's part of the model (DeepSpeed's ZeRO);
-            what all processes have measured is then added up. Default False.
+        partitioned: whether its parameters are plain tensors that hold this process's part of the model (DeepSpeed's
+            ZeRO), so that the sums of all processes are added. Default False.
 
     Returns:
-        The figures, or None before the first step.
+        The statistics, or None before the first step.
     """
     measured = [_Parameter(param, group, optimizer.state[param]) for param, group in _updated(optimizer)]
     if not measured:
@@ -108,7 +108,7 @@ class _Parameter:
         weight = s.inverse_weight
         if s.normalize_inverse:
             weight *= math.sqrt(adam / inverse) if inverse else 0.0
-        # The product of both parts is m^2. A part of weight 0 counts for nothing, even where it is infinite.
+        # The product of both parts is m^2. A part with weight 0 counts as 0, even if it is infinite.
         weighted = weight**2 * inverse if weight else 0.0
         whole = weighted + (s.adam_weight**2 * adam if s.adam_weight else 0.0)
         whole += 2 * weight * s.adam_weight * first if weight and s.adam_weight else 0.0
@@ -183,7 +183,7 @@ def _exact_squares(parameter: _Parameter) -> list[float]:
 
 
 def _add_shards(table: Tensor, parameters: list[_Parameter]) -> None:
-    """Add up, over the processes that share a DTensor, its row of the table; one reduction for all that lie alike."""
+    """Sum the rows of DTensors over the processes that share them; one reduction per kind of placement."""
     alike: dict[Any, list[int]] = defaultdict(list)
     for place, parameter in enumerate(parameters):
         param: Any = parameter.param
@@ -199,7 +199,7 @@ def _add_shards(table: Tensor, parameters: list[_Parameter]) -> None:
 
 
 def _added_up(sums: Tensor) -> Tensor:
-    """Sum over all processes; as objects, since offloaded tensors may not suit the backend."""
+    """Sum over all processes, as objects, since the backend may not support offloaded tensors."""
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, sums)
     return torch.stack(gathered).sum(0)
