@@ -7,7 +7,7 @@ Where transformers is installed, importing this package makes ``TrainingArgument
 from .gradient_release import release_gradients
 from .optimizers import DualAdam, InvAdam
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DualAdam", "InvAdam", "register", "release_gradients"]
 
 try:
