@@ -26,6 +26,6 @@ def test_loop_learns_and_steps_once_per_group_of_batches(precision, accumulation
     )
     assert type(optimizer.optimizer) is DualAdam
     assert {int(state["step"]) for state in optimizer.state.values()} == {steps}
-    assert optimizer.param_groups[0]["switch_rate"] == pytest.approx(10 / steps)
+    assert optimizer.param_groups[0]["switch_rate"] == pytest.approx(1 / (0.16 * steps))
     assert accuracy > 0.8  # guessing one digit gives 0.1
     assert f"held-out accuracy {accuracy:.4f}" in capsys.readouterr().out
