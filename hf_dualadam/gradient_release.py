@@ -117,7 +117,7 @@ def _problem(model: Module, optimizer: MomentOptimizer, names: dict[Tensor, str]
     if home.startswith("deepspeed") or any(hasattr(param, "ds_id") for param, _ in params):
         return "DeepSpeed does not expose gradients"
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        return "DDP averages gradients in buckets of its own and copies them back later; use FSDP2"
+        return "DDP averages gradients in its own buckets and copies them back later; use FSDP2"
     if any(getattr(param, "_fsdp_flattened", False) for param, _ in params):
         return "FSDP1 flattens parameters and averages their gradients later; use FSDP2"
     if any(param not in names for param, _ in params):

@@ -5,7 +5,7 @@
     python scripts/measure_memory.py --device cuda
     python scripts/measure_memory.py --cards        # no measurement: the largest model for each card
 
-Each setting runs in a process of its own: three training steps on one short text. "weights", "gradients" and "state"
+Each setting runs in its own process: three training steps on one short text. "weights", "gradients" and "state"
 are the sizes of the tensors that are there between the backward pass and the step; "step" is by how much memory in use
 grows while the third step runs (on Linux or CUDA). Under gradient release, the step is part of the backward pass.
 """

@@ -237,7 +237,7 @@ def _check_model_arguments(model_args: ModelArguments, trl_args: ModelConfig) ->
         raise InputError(f"dtype: {trl_args.dtype!r} should be one of {', '.join(dtypes)}")
     if trl_args.use_peft and adapter_base(model_args):
         raise InputError(
-            f"use_peft: {model_args.model_name_or_path!r} is already an adapter; leave out use_peft to go on with it"
+            f"use_peft: {model_args.model_name_or_path!r} is already an adapter; omit use_peft to train it further"
         )
     quantized = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(trl_args, name)), None)
     if quantized and not model_args.model_name_or_path:

@@ -1,7 +1,7 @@
 """The CUDA kernel: a few Triton launches a step for all tensors of one device and one kind.
 
-Tables in device memory tell the kernels where the tensors are. A plan's tables are sent again when addresses change
-or the step runs on another stream. While a graph is captured, tables are written by kernels that carry the numbers as
+Tables in device memory hold the addresses of the tensors. A plan sends its tables again when addresses change or the
+step runs on another stream. While a graph is captured, tables are written by kernels that carry the numbers as
 arguments, so a graph refills its own tables whenever it is replayed; the larger ones, which never change, it shares
 with the plan, and the optimizer keeps them.
 """
@@ -121,7 +121,7 @@ def _failure(
     normalize: bool,
     correction_bits: int = 0,
 ) -> str | None:
-    """Launch the kernels on one number before any step is counted; says why that fails, which is logged once."""
+    """Launch the kernels on one number before any step is counted; return the reason of a failure, logged once."""
     group = {
         "lr": 0.0,
         "betas": (0.9, 0.999),
@@ -182,7 +182,7 @@ class Part(plan.Part):
             array("q", n_chunks),
             array("q", itertools.accumulate(n_chunks, initial=0)),
         )
-        # On the host, the scalars of a step are worked out once for each group and step count.
+        # On the host, the scalars of a step are computed once per group and step count.
         self._scalar_groups, self._counts = [0], array("f", [-1])
         self._scalar_rows = array("q", [0]) * len(members)
         # What has been sent, and for which stream.
@@ -272,7 +272,7 @@ class Part(plan.Part):
         return table
 
     def _scalars_on_device(self, groups: list[plan.Group]) -> Tensor:
-        """Count the step on the device, and work out a row of scalars for each tensor."""
+        """Count the step on the device and compute a row of scalars for each tensor."""
         kernels = load()
         options = array("d", itertools.chain.from_iterable(map(_options, groups)))
         if _is_capturing(self._device):

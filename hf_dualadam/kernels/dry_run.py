@@ -75,7 +75,7 @@ def target(name: str) -> GPUTarget:
 
 
 def _forget_compiled_kernels() -> None:
-    """Let Triton's JIT look at every kernel anew; what it has compiled stays on the disk."""
+    """Clear Triton's JIT caches of every kernel in memory; the disk cache stays."""
     for kernel in (*vars(cuda.load()).values(), *vars(blocks_triton).values()):
         getattr(kernel, "device_caches", getattr(kernel, "cache", {})).clear()  # Triton 3.2 calls it cache
 

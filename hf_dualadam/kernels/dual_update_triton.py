@@ -190,7 +190,7 @@ def norm_sums_kernel(tensors, scalars, chunk_sums, sums, layout: tl.constexpr):
 
 @triton.jit
 def step_scalars_kernel(tensors, table_of_options, scalars, layout: tl.constexpr):
-    """Count the step of one tensor on the device and work out its scalars, as functional.step_scalars does."""
+    """Count the step of one tensor on the device and compute its scalars, as functional.step_scalars does."""
     tensor = tensors + tl.program_id(0) * tables.N_COLUMNS
     counter = tl.load(tensor + tables.STEP).to(tl.pointer_type(tl.float32))
     t = tl.load(counter) + 1

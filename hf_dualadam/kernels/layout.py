@@ -74,7 +74,7 @@ def sum_over_shards(sums: Tensor, params: list[Tensor]) -> None:
 def same_layout(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, in_logical_order: bool = False
 ) -> bool:
-    """Whether place i in memory is the same element of all four, and each element has a place of its own.
+    """Whether place i in memory is the same element of all four, and no two elements share memory.
 
     Args:
         param: a parameter.

@@ -1,4 +1,4 @@
-"""What one step of an optimizer does: worked out once, checked in every step, and made anew when anything has changed.
+"""The plan of an optimizer's step: made once, checked in every step, and replaced when anything has changed.
 
 A plan knows addresses, shapes and options, but holds no tensor of its optimizer, so it neither keeps memory alive nor
 goes stale unnoticed: each step looks at the parameters, gradients and states as they are then, through maps that run

@@ -48,7 +48,7 @@ NORMALIZE = constexpr(11)  # 0 once the inverse weight is 0
 DITHER = constexpr(12)  # states.dither of the step
 N_SCALARS = constexpr(13)
 
-# Columns of the table of options (float64), from which capturable steps work out their scalars on the device.
+# Columns of the table of options (float64), from which capturable steps compute their scalars on the device.
 LR = constexpr(0)
 OPTION_BETA1 = constexpr(1)
 OPTION_BETA2 = constexpr(2)

@@ -8,7 +8,7 @@ import sys
 from importlib import machinery, util
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# The first of these that is imported, before any of it has run: none of them is half done when it is registered with.
+# Register when the first of these is imported, before its code runs, so that none is half initialized.
 ROOTS = {
     "transformers.training_args": "hf_dualadam",
     "transformers.trainer_callback": "hf_dualadam",
@@ -37,7 +37,7 @@ class RegisterFirst:
         except Exception as error:
             sys.stderr.write(f"hf-dualadam: the optimizers are not known in this process: {error}\n")
         module = sys.modules.get(name)
-        if module is not None:  # the import that asks goes on with the module's own spec, and would run it again
+        if module is not None:  # the import continues with the module's own spec and would run it again
             module.__spec__ = machinery.ModuleSpec(name, Imported(module), origin=module.__spec__.origin)
         return getattr(module, "__spec__", None)
 
@@ -49,7 +49,7 @@ class Imported:
         self.module, self.spec = module, module.__spec__
 
     def create_module(self, spec):
-        """The module as it is."""
+        """Return the module that is already loaded."""
         return self.module
 
     def exec_module(self, module):

@@ -304,7 +304,7 @@ def _switch_fraction(args: TrainingArguments, inner: Any) -> float | None:
 
 
 def _check_release(args: TrainingArguments) -> bool:
-    """Whether ``optim_args`` ask for gradient release; a ValueError says what of the other arguments excludes it."""
+    """Whether ``optim_args`` ask for gradient release; a ValueError names the argument that excludes it."""
     cls = OPTIMIZERS.get(args.optim)
     if cls is None or not parse_optim_args(args.optim_args, cls).get("release_gradients"):
         return False
