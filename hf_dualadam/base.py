@@ -24,6 +24,7 @@ from .states import (
     HALF_DTYPES,
     MOMENT_FORMATS,
     ExactMoments,
+    Layout,
     MomentFormat,
     State,
     exact_dtype,
@@ -41,7 +42,7 @@ Group = dict[str, Any]
 # Execution and storage options: loading a state dict does not change them.
 EXECUTION_OPTIONS = ("foreach", "fused", "capturable", "state_bits", "master_weight_bits")
 # The options taken from the state of another Adam-like optimizer; the rest stays as constructed.
-ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
+ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "initial_lr", "maximize")
 # The arguments of step_scalars, apart from lr.
 _SCALAR_OPTIONS = "betas eps weight_decay switch_rate inverse_scale normalize_inverse maximize".split()
 MAX_COUNT = 2**24  # the largest step count: float32 cannot count further
@@ -420,31 +421,49 @@ class MomentOptimizer(Optimizer):
         groups = state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             return  # torch's own message names the groups
+        for index, (saved, own) in enumerate(zip(groups, self.param_groups)):
+            names = own.keys() - {"params", *EXECUTION_OPTIONS}
+            if self._is_foreign(saved):
+                names &= set(ADAM_OPTIONS)
+            try:
+                self._check_options(own | {name: saved[name] for name in names if name in saved})
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"Invalid state_dict: group {index}: {error}") from None
         for saved_id, param in _pairs(groups, self.param_groups):
             state = state_dict["state"].get(saved_id)
-            if not state:
-                continue
-            missing = [name for name in ("step", *self.moments_of_state) if name not in state]
-            if missing:
+            if state:
+                self._check_loaded_state(f"parameter {saved_id!r}", state, param)
+
+    def _check_loaded_state(self, owner: str, state: State, param: Tensor) -> None:
+        """Refuse a parameter's state that does not fit; ``owner`` names it in messages."""
+        missing = [name for name in ("step", *self.moments_of_state) if name not in state]
+        if missing:
+            raise ValueError(
+                f"Invalid state_dict: the state of {owner} has {sorted(state)} and lacks {', '.join(missing)} - "
+                f"should come from {type(self).__name__}, Adam or AdamW."
+            )
+        _check_count(owner, state["step"])
+        expected: Layout = {}
+        if "weight_correction" in state:
+            expected["weight_correction"] = tuple(param.shape), state["weight_correction"].dtype
+        for name in self.moments_of_state:
+            expected |= _check_moment(owner, state, name, param)
+        for key, (shape, dtype) in expected.items():
+            found = tuple(state[key].shape) if key in state else None
+            if found != tuple(shape):
                 raise ValueError(
-                    f"Invalid state_dict: the state of parameter {saved_id!r} has {sorted(state)} and lacks "
-                    f"{', '.join(missing)} - should come from {type(self).__name__}, Adam or AdamW."
+                    f"Invalid state_dict: {key} of {owner} "
+                    + (f"has shape {found}" if found is not None else "is missing")
+                    + f" - should be {tuple(shape)}"
+                    + (", the parameter's." if shape == param.shape else ".")
                 )
-            expected: dict[str, tuple[int, ...]] = {}
-            if "weight_correction" in state:
-                expected["weight_correction"] = param.shape
-            for name in self.moments_of_state:
-                layout = format_of(state, name).layout(param, name, param.dtype)
-                expected.update({key: shape for key, (shape, _) in layout.items()})
-            for key, shape in expected.items():
-                found = tuple(state[key].shape) if key in state else None
-                if found != tuple(shape):
-                    raise ValueError(
-                        f"Invalid state_dict: {key} of parameter {saved_id!r} "
-                        + (f"has shape {found}" if found is not None else "is missing")
-                        + f" - should be {tuple(shape)}"
-                        + (", the parameter's." if shape == param.shape else ".")
-                    )
+            if state[key].dtype != dtype:
+                raise ValueError(
+                    f"Invalid state_dict: {key} of {owner} is {state[key].dtype} - should be {dtype}, as it was saved."
+                )
+
+    def _is_foreign(self, saved: Group) -> bool:
+        return bool(saved.get("optimizer") != type(self).__name__)
 
     @torch.no_grad()
     def _restore(self, loaded: dict[str, Any], before: list[Group]) -> list[str]:
@@ -472,21 +491,27 @@ class MomentOptimizer(Optimizer):
                     converted += self._prepare_state(param, group)
         notes = []
         if foreign:
-            owner = ", ".join(foreign)
-            if any(loaded["state"].values()):
-                notes.append(
-                    f"The loaded state was saved by {owner}, not by {name}: its moments and step counts are kept, so "
-                    "steps already done count towards the switch to AdamW."
-                )
-            else:
-                notes.append(
-                    f"The loaded state was saved by {owner}, not by {name}, and holds no moments: {name} starts at "
-                    "step 1."
-                )
+            notes += self._notes_on_foreign(loaded, ", ".join(foreign))
         replaced = _replaced_options(before, self.param_groups)
         if replaced:
             notes.append(f"The loaded state replaces options that were given: {', '.join(replaced)}.")
         return notes + [f"While loading, {note}." for note in dict.fromkeys(converted)]
+
+    def _notes_on_foreign(self, loaded: dict[str, Any], owner: str) -> list[str]:
+        """Describe what of another optimizer's state is used, in sentences."""
+        name = type(self).__name__
+        said = f"The loaded state was saved by {owner}, not by {name}"
+        if not any(loaded["state"].values()):
+            return [f"{said}, and holds no moments: {name} starts at step 1."]
+        kept = "its moments and step counts are kept" if self.moments_of_state else "only its step counts are used"
+        switch = ", so steps already done count towards the switch to AdamW" if "switch_rate" in self.defaults else ""
+        notes = [f"{said}: {kept}{switch}."]
+        groups = loaded["param_groups"]
+        if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in groups):
+            notes.append("Its weight decay was added to gradients; here it is decoupled.")
+        if any("max_exp_avg_sq" in state for state in loaded["state"].values()):
+            notes.append("Its max_exp_avg_sq (amsgrad) is not used.")
+        return notes
 
 
 # torch 2.13 renamed its check that a captured step is capturable.
@@ -512,6 +537,35 @@ def _is_count(step: Any, device: torch.device) -> bool:
         and step.device.type == device.type
         and not step.requires_grad
     )
+
+
+def _check_count(owner: str, step: Any) -> None:
+    """Refuse a loaded step count that is not a whole number >= 0."""
+    is_tensor = isinstance(step, Tensor)
+    if is_tensor and (step.numel() != 1 or step.is_complex() or step.device.type == "meta"):
+        kind = f"a tensor of {step.dtype}, shape {tuple(step.shape)}, on {step.device}"
+        raise ValueError(f"Invalid state_dict: step of {owner} is {kind} - should be one number.")
+    try:
+        count = as_number("step", step.item() if is_tensor else step, 0.0)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"Invalid state_dict: {owner}: {error}") from None
+    if count != int(count):
+        raise ValueError(f"Invalid state_dict: step of {owner} is {count} - should be a whole number >= 0.")
+
+
+def _check_moment(owner: str, state: State, name: str, param: Tensor) -> Layout:
+    """Refuse a loaded moment that is no moment; return the entries that it should have."""
+    moment = state[name]
+    if not isinstance(moment, Tensor) or moment.layout != torch.strided or moment.is_complex():
+        kind = f"{moment.layout}, {moment.dtype}" if isinstance(moment, Tensor) else type(moment).__name__
+        raise ValueError(f"Invalid state_dict: {name} of {owner} is {kind} - should be a dense real tensor.")
+    layout = format_of(state, name).layout(param, name, moment.dtype)
+    others = {key for other in MOMENT_FORMATS.values() for key in other.layout(param, name, moment.dtype)}
+    for key in sorted((others - layout.keys()) & state.keys()):
+        raise ValueError(
+            f"Invalid state_dict: {name} of {owner} is {moment.dtype} beside {key} - should be codes, as it was saved."
+        )
+    return layout
 
 
 def _is_narrower(moment: Tensor, dtype: torch.dtype) -> bool:
@@ -652,7 +706,10 @@ def as_number(name: str, value: Any, low: float, high: float = math.inf, open_en
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Invalid {name}: {value!r} - should be a number, not {type(value).__name__}.")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     inside = low <= number < high if open_end or high == math.inf else low <= number <= high
     if not inside:  # also catches NaN
         bracket = ")" if open_end or high == math.inf else "]"

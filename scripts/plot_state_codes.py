@@ -6,6 +6,10 @@ python scripts/plot_state_codes.py docs/images/state_codes.png
 
 import argparse
 
+from hf_dualadam.extras import require_or_exit
+
+require_or_exit("finetune")
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch

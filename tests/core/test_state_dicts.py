@@ -189,6 +189,63 @@ def test_a_key_that_a_wrapper_put_into_the_state_first_stays(options):
     assert torch.equal(param, expected) and "slow_weights" in optimizer.state[param]
 
 
+@pytest.mark.parametrize(
+    "step", [None, "5", [5, 6], -3, 5.5, float("nan"), float("inf"), 10**400, torch.ones(2), torch.tensor(1j), True]
+)
+def test_a_loaded_step_that_is_no_count_is_refused_by_name(step):
+    optimizer = _stepped(_param(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = step
+    before = str(optimizer.state_dict())
+    with pytest.raises(ValueError, match="Invalid state_dict: .*parameter 0.* - should be"):
+        optimizer.load_state_dict(saved)
+    assert str(optimizer.state_dict()) == before
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("moment", [None, [1.0], np.ones(3), torch.ones(3).to_sparse(), torch.ones(3) * 1j])
+def test_a_loaded_moment_that_is_no_dense_real_tensor_is_refused_by_name(name, moment):
+    optimizer = _stepped(_param(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][name] = moment
+    with pytest.raises(ValueError, match=f"Invalid state_dict: {name} of parameter 0 is .* - should be a dense real"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_max"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_codes_and_scales_of_another_dtype_are_refused(key, dtype, bits):
+    saved = copy.deepcopy(_stepped(_param(64, 64), state_bits=8).state_dict())
+    saved["state"][0][key] = saved["state"][0][key].to(dtype)
+    with pytest.raises(ValueError, match="Invalid state"):
+        DualAdam([_param(64, 64)], state_bits=bits).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [("switch_rate", 7.0, "switch_rate"), ("eps", -1.0, "eps"), ("lr", float("nan"), "lr"), ("lr", "x", "lr")]
+    + [("betas", 0.9, "betas"), ("maximize", 1.5, "maximize"), ("inverse_scale", -2.0, "inverse_scale")],
+)
+def test_loaded_options_are_checked_like_the_constructors(option, value, error):
+    optimizer = _stepped(_param(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0][option] = value
+    with pytest.raises(ValueError, match=f"Invalid state_dict: group 0: Invalid {error}"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][option] != value
+
+
+def test_what_changes_with_the_state_of_another_optimizer_is_said():
+    param = _param(3)
+    other = torch.optim.Adam([param], weight_decay=0.1, amsgrad=True, maximize=True)
+    other.step()
+    optimizer = DualAdam([param])
+    with pytest.warns(UserWarning, match="weight decay was added to gradients.*amsgrad"):
+        optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert optimizer.param_groups[0]["maximize"] is True  # the direction does not change
+
+
 def test_the_state_of_sgd_without_momentum_is_said_to_hold_no_moments():
     param = _param(3)
     sgd = torch.optim.SGD([param], lr=0.1)
