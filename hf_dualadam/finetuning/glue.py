@@ -212,6 +212,7 @@ def _infer_task(args: GlueArguments, tables: dict[str, dict[str, Table]], config
     if classes is None:
         logger.info(f"{known[0].name}: column {args.label_column!r} holds numbers: training a regression")
         return GlueTask(tuple(columns), (), SCORE_METRICS, combined=False)
+    logger.info(f"{known[0].name}: column {args.label_column!r}: {len(classes)} classes: {labels.listed(classes, 5)}")
     return GlueTask(tuple(columns), tuple(classes), ("accuracy",))
 
 
@@ -273,7 +274,9 @@ def _encode(
     table.require(task.texts if to_predict else (*task.texts, args.label_column))
     columns: dict[str, list] = {f"text{index}": labels.texts(table, name) for index, name in enumerate(task.texts)}
     if task.classes:
-        targets: Any = labels.class_labels(table, args.label_column, task.classes, optional=to_predict)
+        targets: Any = labels.class_labels(
+            table, args.label_column, task.classes, optional=to_predict, numbered=args.task_name is not None
+        )
         targets = targets and [classes.index(task.classes[label]) for label in targets]
     else:
         targets = labels.scores(table, args.label_column, *task.score_range, optional=to_predict)

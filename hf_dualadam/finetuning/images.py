@@ -153,6 +153,9 @@ def build(
     sources = _load_splits(args, model_args, set(splits))
     config = load_config(model_args)
     classes = _infer_classes(args, sources, config)
+    first = (sources.get("train") or next(iter(sources.values()))).name
+    where = "class folders" if args.holds_folders else f"column {args.label_column_name!r}"
+    logger.info(f"{first}: {where}: {len(classes)} classes: {labels.listed(classes, 5)}")
     order = model_order(classes, config)
     processor = _load_processor(args.image_processor_name, model_args, config, args.image_size)
     set_labels(config, order)
@@ -260,6 +263,7 @@ def _infer_classes(args: ImageArguments, sources: dict[str, Images], config: Pre
     if names := class_names(dataset.features).get(column):
         return tuple(names)
     if args.holds_folders:
+        labels.refuse_lookalikes(sources["train"].name, dataset[column])
         return tuple(sorted(set(dataset[column])))
     found = labels.infer_classes(_label_table(sources["train"], column), column)
     if found is None:

@@ -4,8 +4,9 @@ import logging
 import math
 import numbers
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .config import InputError
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 UNLABELLED = -1
 WHOLE = re.compile(r"0|[1-9][0-9]*")
+STARTS_AS_NUMBER = re.compile(r"\s*[+-]?[0-9]")
+DECIMAL_COMMA = re.compile(r"[+-]?[0-9]*,[0-9]+")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -26,12 +29,13 @@ def infer_classes(table: Table, column: str) -> list[str] | None:
     names that differ only in case are two classes.
 
     Raises:
-        InputError: the column is missing, or holds gaps, values of several kinds, names that differ only in blanks, or
-            one class only.
+        InputError: the column is missing, or holds gaps, values of several kinds, numbers with a decimal comma, names
+            that look the same, or one class only.
     """
     table.require([column])
     values = list(table.columns[column])
     kinds = [_kind(value) for value in values]
+    _refuse_decimal_commas(table, column, values, kinds)
     if "number" in kinds:
         if "text" in kinds:
             named = [None if found == "text" else found for found in kinds]
@@ -56,15 +60,20 @@ def infer_classes(table: Table, column: str) -> list[str] | None:
     return names
 
 
-def _text_classes(table: Table, column: str, values: list[str]) -> list[str]:
-    names = sorted({value.strip() for value in values})
-    spellings = Counter(value.strip() for value in set(values))
-    if (name := next((name for name in names if spellings[name] > 1), None)) is not None:
-        variants = sorted(value for value in set(values) if value.strip() == name)
+def _refuse_decimal_commas(table: Table, column: str, values: list, kinds: list[str]) -> None:
+    """Refuse numbers such as 0,5, which would become class names."""
+    commas = [isinstance(value, str) and bool(DECIMAL_COMMA.fullmatch(value.strip())) for value in values]
+    others = {kind for kind, comma in zip(kinds, commas, strict=True) if not comma}
+    if any(commas) and others <= {"number", "whole", "digits", "unlabelled"}:
+        found = [None if comma else kind for kind, comma in zip(kinds, commas, strict=True)]
         raise InputError(
-            f"{table.name}: column {column!r} holds {' and '.join(map(repr, variants))}, which differ only in blanks; "
-            "spell each class in one way"
+            _unexpected(table, column, values, found, "numbers with a point, such as 0.5, or class names")
         )
+
+
+def _text_classes(table: Table, column: str, values: list[str]) -> list[str]:
+    refuse_lookalikes(f"{table.name}: column {column!r}", values)
+    names = sorted({value.strip() for value in values})
     same = [name for name, count in Counter(map(_key, names)).items() if count > 1]
     if same:
         variants = [name for name in names if _key(name) == same[0]]
@@ -73,6 +82,29 @@ def _text_classes(table: Table, column: str, values: list[str]) -> list[str]:
             "they differ only in case"
         )
     return names
+
+
+def refuse_lookalikes(where: str, names: Iterable[str]) -> None:
+    """Raise InputError if two class names differ only in blanks, invisible characters or Unicode's form of a letter.
+
+    Args:
+        where: file and column, or folder, for the message.
+        names: the class names, each any number of times.
+    """
+    spellings: dict[str, set[str]] = {}
+    for name in set(names):
+        spellings.setdefault(_visible(name), set()).add(name)
+    variants = next((sorted(found) for found in spellings.values() if len(found) > 1), None)
+    if variants:
+        raise InputError(
+            f"{where} holds {' and '.join(map(ascii, variants))}, which differ only in blanks, invisible characters "
+            "or the Unicode form of a letter; spell each class in one way"
+        )
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """The first class names, separated by commas."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _kind(value: Any) -> str:
@@ -111,53 +143,65 @@ def holds_numbers(values: Sequence[Any]) -> bool:
     return all(_number(value) is not None for value in values)
 
 
-def class_labels(table: Table, column: str, names: Sequence[str], *, optional: bool = False) -> list[int] | None:
+def class_labels(
+    table: Table, column: str, names: Sequence[str], *, optional: bool = False, numbered: bool = False
+) -> list[int] | None:
     """Read class indices from a column of class names or whole numbers.
 
-    A name is looked up exactly, then ignoring case and surrounding blanks if that is unambiguous. A whole number is an
-    index, or a name if the class names are numbers.
+    A name is looked up exactly, then ignoring invisible characters and surrounding blanks, then ignoring case, where
+    only one class matches. Numbers are looked up as names if the class names are numbers. Otherwise a number stored as
+    a whole number is an index; text is one only for classes with published numbers, or without names of their own.
 
     Args:
         table: the split.
         column: its label column.
         names: class names by index.
         optional: return None if the column is missing or holds only -1 and gaps, as in examples to predict.
+        numbered: whether the classes have published numbers, as in GLUE.
 
     Raises:
         InputError: a value is something else; the message names file, column, row, value and what is allowed.
     """
     values = list(table.columns.get(column, ()))
-    lookup = _Lookup(names)
+    lookup = _Lookup(names, numbered)
     stored = table.class_names.get(column, [])
     known = [lookup.by_name(name) for name in stored]
     if any(index is not None for index in known) and None in known:
-        raise InputError(
-            f"{table.name}: column {column!r} has the class {stored[known.index(None)]!r}; allowed: {', '.join(names)}"
-        )
+        raise InputError(_unknown_class(table, column, stored[known.index(None)], names))
     if stored and None not in known:
         values = [stored[value] if isinstance(value, int) and 0 <= value < len(stored) else value for value in values]
     if optional and all(_is_gap(value) for value in values):
         return None
+    if stored and None in known and not lookup.text_indices:
+        raise InputError(_unknown_class(table, column, stored[0], names))
     indices = [lookup(value) for value in values]
     if None in indices:
-        allowed = f"0 to {len(names) - 1} or " if not lookup.numbered else ""
-        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise InputError(_unexpected(table, column, values, indices, allowed + shown))
+        whole = any(isinstance(value, numbers.Integral) for value in values)
+        indexed = lookup.text_indices or (whole and lookup.indices)
+        allowed = f"0 to {len(names) - 1} or " if indexed else ""
+        raise InputError(_unexpected(table, column, values, indices, allowed + listed(names)))
     return indices
+
+
+def _unknown_class(table: Table, column: str, name: str, names: Sequence[str]) -> str:
+    return f"{table.name}: column {column!r} has the class {name!r}; allowed: {listed(names)}"
 
 
 class _Lookup:
     """Maps class names to indices without confusing classes."""
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], numbered: bool = False):
         self.exact = {name: index for index, name in enumerate(names)}
-        keys = Counter(map(_key, names))
-        self.loose = {_key(name): index for index, name in enumerate(names) if keys[_key(name)] == 1}
-        self.numbered = all(WHOLE.fullmatch(name) for name in names)
+        self.visible = _unique(names, _visible)
+        self.loose = _unique(names, _key)
         self.count = len(names)
+        # Models without class names call them LABEL_0, LABEL_1, ...
+        self.text_indices = numbered or list(names) == [f"LABEL_{index}" for index in range(len(names))]
+        # Next to names such as 01 or 1st, a number may mean one of them.
+        self.indices = self.text_indices or not any(STARTS_AS_NUMBER.match(name) for name in names)
 
     def by_name(self, text: str) -> int | None:
-        for table, key in ((self.exact, text), (self.exact, text.strip()), (self.loose, _key(text))):
+        for table, key in ((self.exact, text), (self.visible, _visible(text)), (self.loose, _key(text))):
             if key in table:
                 return table[key]
         return None
@@ -166,14 +210,18 @@ class _Lookup:
         """The index, or None."""
         if isinstance(value, bool):
             return self.by_name(str(value))
-        if isinstance(value, str) and (index := self.by_name(value)) is not None:
-            return index
-        number = int(value) if isinstance(value, numbers.Integral) else _number(value)
-        if number is None or number != number // 1:
+        if not isinstance(value, str | numbers.Integral):
             return None
-        if self.numbered:
-            return self.exact.get(str(int(number)))
-        return int(number) if 0 <= number < self.count else None
+        text = str(value).strip()
+        if (index := self.by_name(str(value))) is not None:
+            return index
+        may_be_index = self.text_indices if isinstance(value, str) else self.indices
+        return int(text) if may_be_index and WHOLE.fullmatch(text) and int(text) < self.count else None
+
+
+def _unique(names: Sequence[str], key: Callable[[str], str]) -> dict[str, int]:
+    counts = Counter(map(key, names))
+    return {key(name): index for index, name in enumerate(names) if counts[key(name)] == 1}
 
 
 def scores(table: Table, column: str, low: float, high: float, *, optional: bool = False) -> list[float] | None:
@@ -198,8 +246,14 @@ def _unexpected(table: Table, column: str, values: list, parsed: list, allowed: 
     )
 
 
+def _visible(name: str) -> str:
+    """The name without surrounding blanks and invisible format characters, with composed letters."""
+    shown = "".join(char for char in name if unicodedata.category(char) != "Cf")
+    return unicodedata.normalize("NFC", shown).strip()
+
+
 def _key(name: str) -> str:
-    return str(name).strip().lower()
+    return _visible(name).lower()
 
 
 def _is_gap(value: Any) -> bool:

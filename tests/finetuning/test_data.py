@@ -24,7 +24,7 @@ def test_every_format_gives_the_same_rows(tmp_path, extension):
         write_rows(path, ROWS)
     table = tables.read_table(path)
     assert labels.texts(table, "sentence") == [row["sentence"] for row in ROWS]
-    assert labels.class_labels(table, "label", ["no", "yes"]) == [1, 0]
+    assert labels.class_labels(table, "label", ["0", "1"]) == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_odd_files_are_read_as_they_are(tmp_path, name, content):
     path.write_text(content, encoding="utf-8", newline="")
     table = tables.read_table(path)
     assert len(table) == 1 and list(table.columns) == ["text", "label"]
-    assert labels.class_labels(table, "label", ["no", "yes"]) == [1]
+    assert labels.class_labels(table, "label", ["0", "1"]) == [1]
 
 
 def test_words_in_a_path_add_no_columns(tmp_path):
@@ -100,17 +100,48 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    "values", [[0, 1, 1], ["no", "Yes", " yes "], [np.int64(0), "yes", 1], ["n\u200bo", "yes\ufeff", "y\u00ades"]]
+)
+def test_labels_are_whole_numbers_or_class_names(values):
+    assert labels.class_labels(Table("f", {"label": values}), "label", ["no", "yes"]) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("names", [["no", "yes"], ["LABEL_0", "LABEL_1"]])
+def test_text_is_a_number_of_a_class_only_where_the_numbers_are_published(names):
+    table = Table("dev.tsv", {"label": ["0", "1"]})
+    assert labels.class_labels(table, "label", names, numbered=True) == [0, 1]
+    if names[0] == "no":
+        with pytest.raises(InputError, match="dev.tsv: column 'label' .* '0' in row 0 .*allowed: no, yes"):
+            labels.class_labels(table, "label", names)
+    else:
+        assert labels.class_labels(table, "label", names) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out"),
     [
-        ([0, 1, 1], [0, 1, 1]),
-        (["0", "1", "1"], [0, 1, 1]),
-        ([0.0, 1.0, 1.0], [0, 1, 1]),
-        (["no", "Yes", " yes "], [0, 1, 1]),
-        ([np.int64(0), "yes", 1.0], [0, 1, 1]),
+        (["01", "02"], "1"),
+        (["01", "02"], 1),
+        (["1st", "2nd", "3rd"], "1"),
+        (["1st", "2nd", "3rd"], 1),
+        (["b", "a"], "1"),
+        (["b", "a"], 1.0),
+        (["yes", "no"], "0.0"),
+        *(
+            (["0", "1"], value)
+            for value in ("00", "01", "+1", "1e0", "0.0", "1.0", "0.99999999999999999999", 1.0, True)
+        ),
     ],
 )
-def test_labels_are_whole_numbers_or_class_names(values, expected):
-    assert labels.class_labels(Table("f", {"label": values}), "label", ["no", "yes"]) == expected
+def test_a_held_out_label_is_exactly_a_class_of_the_training_data(trained, held_out):
+    names = labels.infer_classes(Table("train.csv", {"label": trained}), "label")
+    with pytest.raises(InputError, match=r"dev.csv: column 'label' holds the unexpected value .* in row 0; allowed: "):
+        labels.class_labels(Table("dev.csv", {"label": [held_out]}), "label", names)
+
+
+def test_composed_and_decomposed_letters_are_one_class():
+    names = labels.infer_classes(Table("train.csv", {"label": ["caf\u00e9", "bar"]}), "label")
+    assert labels.class_labels(Table("dev.csv", {"label": ["cafe\u0301"]}), "label", names) == [1]
 
 
 @pytest.mark.parametrize("value", [2, -1, 0.5, None, float("nan"), float("inf"), "maybe", "", "1e400", [1], 10**400])
@@ -125,7 +156,10 @@ def test_unexpected_label_names_file_column_row_and_what_is_allowed(value):
 def test_stored_class_names_decide_over_stored_numbers():
     table = Table("f", {"label": [0, 1]}, {"label": ["Yes", "No"]})
     assert labels.class_labels(table, "label", ["no", "yes"]) == [1, 0]
-    assert labels.class_labels(Table("f", {"label": [0, 1]}, {"label": ["a", "b"]}), "label", ["no", "yes"]) == [0, 1]
+    others = Table("f", {"label": [0, 1]}, {"label": ["a", "b"]})
+    assert labels.class_labels(others, "label", ["no", "yes"], numbered=True) == [0, 1]
+    with pytest.raises(InputError, match="has the class 'a'; allowed: no, yes"):
+        labels.class_labels(others, "label", ["no", "yes"])
 
 
 def test_examples_to_predict_may_lack_labels():
@@ -185,6 +219,11 @@ def test_classes_are_those_that_are_there_and_fractions_are_scores(values, class
         (["a", "-1"], "'-1' in row 1"),
         ([1, "a"], "'a' in row 1"),
         (["yes", " yes", "no"], "differ only in blanks"),
+        (["yes", "y\u200bes", "no"], r"'y.u200bes'.* differ only in"),
+        (["caf\u00e9", "cafe\u0301", "bar"], "differ only in"),
+        (["1", "1\u200b"], "differ only in"),
+        (["0,5", "1,5"], "'0,5' in row 0 .*numbers with a point, such as 0.5"),
+        (["1", "2", "0,5"], "'0,5' in row 2; allowed: numbers with a point"),
         ([[1], [2]], "row 0"),
         (["0.5", "1", "high"], "'high' in row 2"),
         ([0.5, 1, "high"], "'high' in row 2"),
@@ -201,10 +240,10 @@ def test_unclear_classes_are_refused(values, message):
     [
         (["A", "a"], ["a", "A"], [1, 0]),
         (["C", "c", "d"], ["c", "D", " C"], [1, 2, 0]),
-        (["0", "2"], [2, "0", 2.0], [1, 0, 1]),
+        (["0", "2"], [2, "0", " 2"], [1, 0, 1]),
         (["10", "9"], ["9", "10"], [1, 0]),
         (["1_0", "1_1"], ["1_1", "1_0"], [1, 0]),
-        (["b", "a"], ["1", 0], [1, 0]),
+        (["b", "a"], [1, 0], [1, 0]),
     ],
 )
 def test_exact_names_come_first(names, values, expected):
