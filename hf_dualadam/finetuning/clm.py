@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from . import data
-from .clm_examples import examples, read_text
+from .clm_examples import examples, read_text, refuse_mixed
 from .config import InputError
 from .data import DataArguments
 from .embedded import resolve_model
@@ -58,9 +58,6 @@ class ClmArguments(DataArguments):
     keep_linebreaks: bool = field(default=True, metadata={"help": "Keep line breaks within the texts of .txt files."})
     generation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts for the samples; by default taken from held-out examples."}
-    )
-    generation_samples: int = field(
-        default=3, metadata={"help": "Number of samples to generate after training and evaluation."}
     )
     generation_samples: int = field(default=3, metadata={"help": "Number of samples after training and evaluation."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length of a sample in tokens."})
@@ -162,7 +159,8 @@ def load_examples(
         kwargs: for ``datasets.load_dataset``.
 
     Raises:
-        InputError: a split is missing, has no known set of columns, or holds values that are not text.
+        InputError: a split is missing, has no known set of columns or other ones than the other split, or holds values
+            that are not text.
     """
     tables = _load_tables(args, splits | {"train"}, **kwargs)
     if "train" not in tables and "train" in splits:
@@ -180,6 +178,8 @@ def load_examples(
         found = {"train": parts["train"], "validation": parts["test"]}
     counts = {"train": args.max_train_samples, "validation": args.max_eval_samples}
     names = {split: tables.get(split, tables.get("train")).name for split in splits}
+    if {"train", "validation"} <= splits:
+        refuse_mixed(found["train"], found["validation"], names)
     return {split: data.sample(found[split], counts[split]) for split in splits}, names
 
 

@@ -46,13 +46,15 @@ def read_text(path: Path, *, keep_linebreaks: bool = True) -> Table:
 def examples(table: Table, text_column: str) -> Dataset:
     """The columns to learn from, the options of chats, and the row numbers.
 
+    Rows with a blank text or completion are dropped and counted: there is nothing to learn from them.
+
     Args:
         table: with prompt and completion, or messages, or ``text_column``; other columns are dropped, which is
             logged.
         text_column: the column of plain texts, which has the lowest priority.
 
     Raises:
-        InputError: there is no known set of columns, or a row has an unexpected value.
+        InputError: there is no known set of columns, a row has an unexpected value, or all texts are blank.
     """
     if "text" in table.columns and text_column not in table.columns and len(table.columns) == 1:
         text_column = "text"
@@ -77,7 +79,42 @@ def examples(table: Table, text_column: str) -> Dataset:
     unused = [name for name in table.columns if name not in found]
     if unused:
         logger.info(f"{table.name}: the columns {', '.join(map(repr, columns))} are used; {', '.join(unused)} are not")
-    return Dataset.from_dict(found | {ROW: list(range(len(table)))})
+    return _without_blanks(table, Dataset.from_dict(found | {ROW: list(range(len(table)))}), columns[-1])
+
+
+def _without_blanks(table: Table, dataset: Dataset, learned: str) -> Dataset:
+    """The rows whose text to learn is not blank."""
+    kept = [row for row, text in enumerate(table.columns[learned]) if not isinstance(text, str) or text.strip()]
+    dropped = len(dataset) - len(kept)
+    if not kept:
+        raise InputError(f"{table.name}: column {learned!r} is blank in all {dropped} rows")
+    if not dropped:
+        return dataset
+    logger.warning(f"{table.name}: {dropped} of {len(dataset)} examples dropped: column {learned!r} is blank")
+    return dataset.select(kept)
+
+
+def refuse_mixed(train: Dataset, held_out: Dataset, names: dict[str, str]) -> None:
+    """Raise InputError unless both splits hold texts, or prompts, or chats: their perplexities would not compare.
+
+    Args:
+        train: the training examples.
+        held_out: the held-out examples.
+        names: files or splits of "train" and "validation", for the message.
+    """
+    forms = [
+        [
+            f"{name} ({'a chat' if isinstance(dataset[0][name], list) else 'text'})"
+            for name in dataset.column_names
+            if name not in (*CHAT_OPTIONS, ROW)
+        ]
+        for dataset in (train, held_out)
+    ]
+    if sorted(forms[0]) != sorted(forms[1]):
+        raise InputError(
+            f"{names['validation']}: holds {' and '.join(forms[1])}, but {names['train']} holds "
+            f"{' and '.join(forms[0])}; both splits should have the same columns"
+        )
 
 
 def _check_chats(table: Table, column: str) -> None:

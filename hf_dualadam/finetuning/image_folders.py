@@ -4,8 +4,9 @@ Words elsewhere in a path have no meaning, neither in a file name nor in a class
 """
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ class FoundImages(NamedTuple):
 def split_folders(folder: Path) -> dict[str, Path]:
     """The folder of each split: the first-level folders if all are named like splits, else the whole is for training.
 
+    Folders without images do not decide this, but a folder with the name of a split is one even if it is empty.
+
     Raises:
         InputError: only some of them have names of splits, or two of them mean the same split.
     """
@@ -44,7 +47,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
             f"{LAYOUT}; or name the folder of each split with train_dir, validation_dir and test_dir"
         )
     found: dict[str, Path] = {}
-    for path in named:
+    for path in (path for path in _folders(folder) if path.name in by_name):
         if (other := found.setdefault(by_name[path.name], path)) != path:
             raise InputError(f"{folder}: {other.name!r} and {path.name!r} both mean {by_name[path.name]}; keep one")
     loose = next((path for path in folder.iterdir() if _is_image(path)), None)
@@ -54,7 +57,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
-    """The images of one split; other files are skipped, and their number is logged.
+    """The images of one split; other files, dead links and class folders without images are skipped, which is logged.
 
     Args:
         folder: with a folder per class, or with images to predict.
@@ -64,11 +67,12 @@ def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
         InputError: there is no image, an image is outside the class folders or below them, or there is one class only.
     """
     skipped: Counter[str] = Counter()
-    loose = [path for path in _sorted_files(folder) if _count(path, skipped)]
-    found = {
-        inside.name: [path for path in _files(inside) if _count(path, skipped)] for inside in _folders(folder, skipped)
+    loose = [path for path in _sorted_files(folder, skipped) if _count(path, skipped)]
+    inside = {
+        path.name: [file for file in _files(path, skipped, {folder.resolve()}) if _count(file, skipped)]
+        for path in _folders(folder, skipped)
     }
-    found = {name: paths for name, paths in found.items() if paths}
+    found = {name: paths for name, paths in inside.items() if paths}
     for name, paths in found.items():
         deeper = next((path for path in paths if path.parent != folder / name), None)
         if deeper is not None:
@@ -76,6 +80,9 @@ def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(8))
         logger.warning(f"{folder}: skipped {skipped.total()} files that Pillow cannot read as images: {kinds}")
+    if found and (empty := [repr(name) for name, paths in inside.items() if not paths]):
+        names = ", ".join(empty[:8]) + (", ..." if len(empty) > 8 else "")
+        logger.warning(f"{folder}: skipped {len(empty)} folders without images: {names}")
     if loose and found:
         raise InputError(f"{loose[0]}: is next to the class folders ({', '.join(list(found)[:3])}, ...)")
     if loose and not labelled:
@@ -88,6 +95,25 @@ def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
         raise InputError(f"{folder}: holds only one class folder, {next(iter(found))!r}; at least 2 are needed")
     pairs = [(_text(path), name) for name, paths in found.items() for path in paths]
     return FoundImages([path for path, _ in pairs], [name for _, name in pairs])
+
+
+def refuse_shared(splits: Mapping[str, Sequence[str]]) -> None:
+    """Raise InputError if a training image is also in another split, under a link or in the same folder.
+
+    Args:
+        splits: the paths of the images of each split.
+    """
+    trained = {_identity(path): path for path in splits.get("train", ())}
+    for split, paths in splits.items():
+        if split == "train":
+            continue
+        if (path := next((path for path in paths if _identity(path) in trained), None)) is not None:
+            raise InputError(f"{path}: the {split} image is also a training image, {trained[_identity(path)]}")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def _text(path: Path) -> str:
@@ -110,15 +136,23 @@ def _folders(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:
     return [path for path in found if not _is_hidden(path)]
 
 
-def _sorted_files(folder: Path) -> list[Path]:
+def _sorted_files(folder: Path, skipped: Counter[str] | None = None) -> list[Path]:
+    """The files of the folder in order; dead links are counted."""
+    if skipped is not None and (dead := sum(not path.exists() for path in folder.iterdir())):
+        skipped["dead links"] += dead
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files in the folder and below, in order."""
-    yield from _sorted_files(folder)
-    for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
-        yield from _files(inside)
+def _files(folder: Path, skipped: Counter[str] | None = None, read: set[Path] | None = None) -> Iterator[Path]:
+    """All files in the folder and below, in order; links are followed, except to the folders in ``read``."""
+    yield from _sorted_files(folder, skipped)
+    read = set() if read is None else read
+    read.add(folder.resolve())
+    for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if inside.resolve() not in read:
+            yield from _files(inside, skipped, read)
+        elif skipped is not None:
+            skipped["links to a folder that is read already"] += 1
 
 
 def _count(path: Path, skipped: Counter[str]) -> bool:

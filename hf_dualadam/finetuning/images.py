@@ -26,7 +26,7 @@ from . import data, labels
 from .config import InputError
 from .data import DataArguments
 from .exact_loss import ClassifierTrainer
-from .image_folders import read_split_folder, split_folders
+from .image_folders import FoundImages, read_split_folder, refuse_shared, split_folders
 from .image_transform import ImageTransform, ImageView, eight_bits
 from .metrics import LocalMetric, compute_metrics_for, majority_baseline
 from .models import ModelArguments, load_config, loading, model_builder, model_order, processor_source, set_labels
@@ -222,7 +222,11 @@ def _load_datasets(args: ImageArguments, model_args: ModelArguments, splits: set
                 f"{args.data_dir}: holds split files and the folder {min(beside).name!r}; keep one of them"
             )
     if folders:
-        return {split: _from_folder(folders[split], split, args) for split in splits if split in folders}
+        found = {
+            split: read_split_folder(folders[split], labelled=split != "test") for split in splits if split in folders
+        }
+        refuse_shared({split: images.paths for split, images in found.items()})
+        return {split: _from_folder(images, args) for split, images in found.items()}
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if files:
         return {split: _from_parquet(paths, **hub) for split, paths in files.items()}
@@ -231,8 +235,7 @@ def _load_datasets(args: ImageArguments, model_args: ModelArguments, splits: set
     return data.load_hub(args.dataset_name, args.dataset_config_name, **hub)
 
 
-def _from_folder(folder: Path, split: str, args: ImageArguments) -> Dataset:
-    found = read_split_folder(folder, labelled=split != "test")
+def _from_folder(found: FoundImages, args: ImageArguments) -> Dataset:
     image = args.image_column_name or "image"
     columns = {image: found.paths} | ({args.label_column_name: found.classes} if found.classes is not None else {})
     return Dataset.from_dict(columns).cast_column(image, Image())

@@ -5,6 +5,7 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from trl import SFTTrainer
@@ -94,7 +95,8 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
             # The mean loss of a batch without targets, such as empty texts, would be NaN.
             left = left.filter(lambda row: any(label >= 0 for label in row["labels"][1:]))
             if self._beginning:  # later datasets are subsets of these
-                _say_what_is_left(name, tokens, left, args.max_length, packing)
+                special = [processing_class.eos_token_id, processing_class.pad_token_id]
+                _say_what_is_left(name, tokens, left, args.max_length, packing, special)
             self._prepared[key] = left
         return self._prepared[key]
 
@@ -152,14 +154,15 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
             self._unigram_loss -= self._unigram_log_probs[targets[targets >= 0].cpu()].sum()
 
 
-def _say_what_is_left(name: str, whole: Dataset, left: Dataset, max_length: int | None, packing: bool) -> None:
+def _say_what_is_left(
+    name: str, whole: Dataset, left: Dataset, max_length: int | None, packing: bool, special: list[int | None]
+) -> None:
     """Log the fraction of tokens used and the number of dropped examples.
 
     Raises:
         InputError: no example is left.
     """
-    targets = _count_targets(left)
-    if not targets:
+    if not len(left):
         lengths = [len(ids) for ids in whole["input_ids"]]
         raise InputError(
             f"{name}: no example is left: within max_length={max_length} tokens there are no targets; the "
@@ -171,7 +174,7 @@ def _say_what_is_left(name: str, whole: Dataset, left: Dataset, max_length: int 
             f"{name}: {dropped} of {len(whole)} examples dropped: within max_length={max_length} tokens there is "
             "nothing to learn from them"
         )
-    share = targets / max(1, _count_targets(whole))
+    share = _count_tokens(left, special) / max(1, _count_tokens(whole, special))
     if share < 1 or packing:
         blocks = f" in {len(left)} blocks of {max_length} tokens" if packing else f" within max_length={max_length}"
         logger.log(
@@ -179,9 +182,11 @@ def _say_what_is_left(name: str, whole: Dataset, left: Dataset, max_length: int 
         )
 
 
-def _count_targets(dataset: Dataset) -> int:
+def _count_tokens(dataset: Dataset, special: list[int | None]) -> int:
+    """The number of tokens to learn, without end-of-text and padding tokens."""
+    ids = [number for number in special if number is not None]
     batches = dataset.select_columns("labels").with_format("numpy").iter(1000)
-    return sum(int((labels[1:] >= 0).sum()) for batch in batches for labels in batch["labels"])
+    return sum(int(((labels >= 0) & ~np.isin(labels, ids)).sum()) for batch in batches for labels in batch["labels"])
 
 
 def _shortest(dataset: Dataset, lengths: list[int]) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_texts_are_joined_into_blocks(tmp_path, tokenizer, caplog):
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     assert set(lengths[:-1]) == {64} and sum(lengths) == 10 * 201
     assert "max_length: 64, the maximum of the model and its tokenizer" in caplog.text
-    assert "of the tokens are used, in 32 blocks of 64 tokens" in caplog.text
+    assert "100.0% of the tokens are used, in 32 blocks of 64 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_length_is_capped_by_the_model_and_texts_may_stay_apart(tmp_path, tokeni
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     assert max(lengths) == length and (len(lengths) == 9) == (not blocks)
     if not blocks:
-        assert f"{(length - 1) / 100:.1%} of the tokens are used, within max_length={length}" in caplog.text
+        assert f"{length / 100:.1%} of the tokens are used, within max_length={length}" in caplog.text
 
 
 def test_examples_without_targets_are_dropped_and_said(tmp_path, tokenizer, caplog):
@@ -104,6 +105,42 @@ def test_rows_without_a_target_are_left_out(tmp_path, tokenizer, options):
         tmp_path, tokenizer, [{"text": text} for text in ("", "ab", "", "c")], [{"text": "ab"}], *options
     )
     assert all(len(ids) > 1 for ids in trainer.train_dataset["input_ids"])
+
+
+@pytest.mark.parametrize("column", ["text", "completion"])
+def test_blank_texts_are_dropped_and_counted(column, caplog):
+    rows = [" ", "ab", "", "\n\t", "c"]
+    table = Table("train.jsonl", ({"prompt": ["p"] * 5} if column == "completion" else {}) | {column: rows})
+    kept = clm_examples.examples(table, "text")
+    assert kept[column][:] == ["ab", "c"] and kept["row"][:] == [1, 4]
+    assert f"train.jsonl: 3 of 5 examples dropped: column '{column}' is blank" in caplog.text
+    table.columns[column][:] = [" "] * 5
+    with pytest.raises(InputError, match=f"train.jsonl: column '{column}' is blank in all 5 rows"):
+        clm_examples.examples(table, "text")
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ({"text": "ab"}, {"prompt": "a", "completion": "b"}),
+        ({"prompt": "a", "completion": "b"}, {"text": "ab"}),
+        ({"messages": chat("a", "b")}, {"text": "ab"}),
+        ({"prompt": chat("a"), "completion": chat("b")}, {"prompt": "a", "completion": "b"}),
+    ],
+)
+def test_both_splits_hold_the_same_kind_of_examples(tmp_path, tokenizer, train, held_out):
+    with pytest.raises(InputError, match=r"validation.jsonl: holds .* but .*train.jsonl holds .* the same columns"):
+        trainer_of(tmp_path, tokenizer, [train] * 2, [held_out] * 2)
+
+
+@pytest.mark.parametrize("options", [[], ["--packing", "false"]])
+@pytest.mark.parametrize("text", ["a", "abc " * 30])
+def test_at_most_all_tokens_are_used(tmp_path, tokenizer, caplog, options, text):
+    with caplog.at_level(logging.INFO, "hf_dualadam"):
+        trainer_of(tmp_path, tokenizer, [{"text": text}] * 50, [{"text": text}] * 50, *options)
+    shares = [float(share) for share in re.findall(r"([0-9.]+)% of the tokens", caplog.text)]
+    assert all(0 < share <= 100 for share in shares)
+    assert bool(shares) == (not options or len(text) > 64)
 
 
 @pytest.mark.parametrize("long", ["train", "validation"])

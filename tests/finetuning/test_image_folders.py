@@ -112,6 +112,65 @@ def test_other_layouts_are_refused_with_the_reason(tmp_path, names, message):
         built(tmp_path, splits=("train",))
 
 
+@pytest.mark.parametrize("name", ["validation", "val", "dev"])
+@pytest.mark.parametrize("inside", ["", "a", "a/notes.txt"])
+def test_a_held_out_folder_without_images_is_refused(tmp_path, name, inside):
+    fill(tmp_path, ["train/a", "train/b", *[f"{name}/{inside}"] * ("." in inside)])
+    (tmp_path / name / inside.partition("/")[0]).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(InputError, match=rf"{name}: holds no images"):
+        built(tmp_path)
+    assert len(built(tmp_path, splits=("train",)).train_dataset) == 4
+
+
+def test_class_folders_without_images_are_said(tmp_path, caplog):
+    fill(tmp_path, ["train/a", "train/b", "validation/a", "validation/b"])
+    for folder in ("train/c", "validation/c"):
+        (tmp_path / folder).mkdir()
+    assert built(tmp_path).label_names == ["a", "b"]
+    for split in ("train", "validation"):
+        assert f"{split}: skipped 1 folders without images: 'c'" in caplog.text
+
+
+def test_dead_links_and_loops_are_counted(tmp_path, caplog):
+    fill(tmp_path, ["train/a", "train/b", "validation/a", "validation/b"])
+    (tmp_path / "train" / "a" / "dead.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "train" / "a" / "up").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "b" / "itself").symlink_to(tmp_path / "train" / "b")
+    assert len(built(tmp_path).train_dataset) == 4
+    assert "skipped 3 files" in caplog.text
+    assert "1 dead links" in caplog.text and "2 links to a folder that is read already" in caplog.text
+
+
+def test_class_folders_may_all_be_links(tmp_path):
+    fill(tmp_path / "store", ["a", "b", "c", "d"])
+    for split, names in (("train", "ab"), ("validation", "cd")):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for name, target in zip("ab", names, strict=True):
+            (tmp_path / "data" / split / name).symlink_to(tmp_path / "store" / target)
+    task = built(tmp_path / "data")
+    assert (len(task.train_dataset), len(task.eval_datasets[""])) == (4, 4)
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard", "folder"])
+def test_a_held_out_image_must_not_be_a_training_image(tmp_path, link):
+    fill(tmp_path, ["train/a", "train/b", "validation/a", *["validation/b"] * (link != "folder")])
+    trained, held_out = tmp_path / "train" / "b", tmp_path / "validation" / "b"
+    if link == "folder":
+        held_out.symlink_to(trained)
+    elif link == "hard":
+        (held_out / "9.png").hardlink_to(trained / "0.png")
+    else:
+        (held_out / "9.png").symlink_to(trained / "0.png")
+    with pytest.raises(InputError, match=r"validation/b/[09].png: the validation image is also a training image"):
+        built(tmp_path)
+
+
+def test_class_folders_that_look_alike_are_refused(tmp_path):
+    fill(tmp_path, ["train/caf\u00e9", "train/cafe\u0301"])
+    with pytest.raises(InputError, match="differ only in"):
+        built(tmp_path, splits=("train",))
+
+
 @pytest.mark.parametrize("eval_split", ["validation", "val", "dev"])
 def test_the_held_out_split_has_three_names(tmp_path, eval_split):
     fill(tmp_path, ["train/a", "train/b", "val/a", "val/b"])
