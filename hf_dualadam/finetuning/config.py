@@ -137,6 +137,8 @@ def from_values(
         if name not in hints:
             raise InputError(_unknown(name, hints))
         check_type(name, value, hints[name])
+    if isinstance(folder := given.get("output_dir"), str) and not folder.strip():
+        raise InputError(f"output_dir: {folder!r} is blank; name a folder")
     filled = _bridge_versions(defaults(dict(given)), hints)
     values = {name: value for name, value in filled.items() if name in hints} | given
     return tuple(_build(cls, values) for cls in dataclass_types)
@@ -151,7 +153,8 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     if not _matches(value, hint):
         note = ""
         if isinstance(value, str) and _is_number(value):
-            note = " (write it without quotes)"
+            plain = re.fullmatch(r"[-+.0-9eE]+", value)
+            note = " (write it without quotes)" if plain else " (numbers are written as 1000, 0.5 or 5e-5)"
         elif str in _options(hint) and isinstance(value, bool | int | float):
             note = " (put it in quotes)"
         if isinstance(value, str) and _choices(hint):

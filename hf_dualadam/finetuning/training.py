@@ -275,14 +275,20 @@ def check_output_dir(args: TrainingArguments, overwrite_output_dir: bool = False
 
 def check_writable(folder: Path) -> None:
     """Raise InputError unless files can be written to ``folder``, which may not exist yet; leave nothing behind."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"output_dir: {there} is not a folder")
+    path = where = folder.absolute()
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise InputError(f"output_dir: cannot write to {there}: {error.strerror or error}") from None
+        where = there = next(path for path in (path, *path.parents) if path.exists() or path.is_symlink())
+        if not there.is_dir():
+            kind = "is a link to nothing" if there.is_symlink() and not there.exists() else "is not a folder"
+            raise InputError(f"output_dir: {there} {kind}")
+        with tempfile.TemporaryDirectory(dir=there) as trial:
+            where = folder
+            for name in set(path.parts[len(there.parts) :]) - {".."}:
+                (Path(trial) / name).mkdir()  # it may be too long, or hold characters that the file system refuses
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"output_dir: cannot write to {where}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def refuse_several_processes(script: str) -> None:

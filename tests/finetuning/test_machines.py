@@ -42,9 +42,23 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, be
 
     check_writable(tmp_path / below)
     assert not (tmp_path / "new").exists()
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(InputError, match=f"output_dir: cannot write to {tmp_path}: Permission denied"):
         check_writable(tmp_path / below)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "new/" + "x" * 300, "x" * 300 + "/new", "new/\0", "new/../" + "x" * 300])
+def test_a_name_that_the_system_refuses_is_one_line(tmp_path, name):
+    with pytest.raises(InputError, match="output_dir: cannot write to .*(too long|null)"):
+        check_writable(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("below", ["", "new"])
+def test_a_link_to_nothing_is_refused(tmp_path, below):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="output_dir: .*link is a link to nothing"):
+        check_writable(tmp_path / "link" / below)
 
 
 @pytest.mark.parametrize("below", ["", "new", "new/deeper"])
