@@ -121,7 +121,7 @@ def _failure(
     normalize: bool,
     correction_bits: int = 0,
 ) -> str | None:
-    """Launch the kernels on one number before any step is counted; return the reason of a failure, logged once."""
+    """Launch the kernels on one number before any step is counted; return the reason of a failure."""
     group = {
         "lr": 0.0,
         "betas": (0.9, 0.999),
@@ -147,9 +147,15 @@ def _failure(
         part.run(plan.Found([param], [param], [grad], [grad.data_ptr()]), [group])
     except Exception as error:  # of Triton, of the compiler that it calls, of the driver
         reason = f"{type(error).__name__}: {error}"
-        logger.warning("The CUDA kernel of hf_dualadam cannot run on %s, so steps take longer: %s", device, reason)
+        _report(device, reason)
         return reason
     return None
+
+
+@functools.cache
+def _report(device: torch.device, reason: str) -> None:
+    """Warn once, however many variants of the kernels fail for the same reason."""
+    logger.warning("The CUDA kernel of hf_dualadam cannot run on %s, so steps take longer: %s", device, reason)
 
 
 class _Tables(NamedTuple):

@@ -98,6 +98,7 @@ def cuda_path_on_the_cpu(gpu: str = "sm_90") -> Iterator[Launches]:
     driver.set_active(_Driver(target(gpu), launches))
     registers = cuda._REGISTERS if gpu.startswith("sm_") else {}  # AMD's compiler takes no limit
     cuda._failure.cache_clear()
+    cuda._report.cache_clear()
     _forget_compiled_kernels()
     try:
         with (
@@ -108,6 +109,7 @@ def cuda_path_on_the_cpu(gpu: str = "sm_90") -> Iterator[Launches]:
             yield launches
     finally:
         cuda._failure.cache_clear()
+        cuda._report.cache_clear()
         _forget_compiled_kernels()
         if before is not None:
             driver.set_active(before)
