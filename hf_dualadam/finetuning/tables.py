@@ -59,10 +59,18 @@ class Table:
             shown = (repr(name) if name != name.strip() or not name else name for name in self.columns)
             names, there = " and ".join(map(repr, missing)), ", ".join(shown) or "none"
             blanks = [name for name in self.columns if name not in missing and name.strip() in missing]
-            reason = f" ({blanks[0]!r} has blanks around its name)" if blanks else ""
+            reason = f" ({blanks[0]!r} has blanks around its name)" if blanks else self._other_delimiter(missing)
             raise InputError(f"{self.name}: column {names} is missing; the columns are {there}{reason}")
         if not len(self):
             raise InputError(f"{self.name}: holds no rows")
+
+    def _other_delimiter(self, missing: list[str]) -> str:
+        """A hint if one column's name is the names of several, separated by another delimiter."""
+        for name in self.columns:
+            for character in ";\t,|":
+                if len(self.columns) == 1 and set(missing) & {part.strip() for part in name.split(character)} - {name}:
+                    return f" (the delimiter seems to be {character!r}; .csv needs commas, .tsv needs tabs)"
+        return ""
 
 
 def class_names(features: Features) -> dict[str, list[str]]:
@@ -95,10 +103,20 @@ def read_table(path: Path) -> Table:
         return readers[path.suffix.lower()](path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: should be UTF-8 text{_other_encoding(path)} ({error})") from error
     except (OSError, ValueError, csv.Error, pa.ArrowException, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _other_encoding(path: Path) -> str:
+    """What a file that is not UTF-8 text looks like, for messages."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    kinds = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "a zip archive"}
+    return next((f", but is {kind}" for magic, kind in kinds.items() if start.startswith(magic)), "")
 
 
 def _read_parquet(path: Path) -> Table:
@@ -152,6 +170,7 @@ def _read_rows(path: Path, **dialect: Any) -> Table:
 
 def _read_json(path: Path) -> Table:
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    content.decode()  # json would guess UTF-16, and name no position
     if path.suffix.lower() == ".json" and content.lstrip().startswith(b"["):
         rows = json.loads(content, object_pairs_hook=_unique_keys)
     else:

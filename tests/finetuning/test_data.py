@@ -1,5 +1,6 @@
 """Examples are read alike from every format, and what is wrong with them is said in one line."""
 
+import gzip
 import json
 
 import datasets
@@ -73,7 +74,11 @@ def test_words_in_a_path_add_no_columns(tmp_path):
     [
         ("a.csv", "sentence,label\na,b,1\n", "line 2 has 3 fields, the header has 2"),
         ("a.tsv", 'sentence\tlabel\n"a\tb"\t1\n', "line 2 has 3 fields, the header has 2"),
-        ("a.csv", b"sentence,label\n\xff\xfe,1\n", "cannot be read.*utf-8"),
+        ("a.csv", b"sentence,label\n\xff\xfe,1\n", "should be UTF-8 text .*utf-8"),
+        ("a.csv", "sentence,label\n\u00e4,1\n".encode("utf-16"), "should be UTF-8 text, but is UTF-16"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "should be UTF-8 text"),
+        ("a.tsv", gzip.compress(b"sentence\tlabel\n"), "should be UTF-8 text, but is gzip"),
+        ("a.jsonl", gzip.compress(b'{"a": 1}'), "should be UTF-8 text, but is gzip"),
         ("a.csv", 'sentence,label\n"a,1\n', "line 2 unexpected end of data"),
         ("a.csv", "label,text,label\n1,a,0\n", "column 'label' is duplicated"),
         ("a.tsv", "text\ttext\na\tb\n", "column 'text' is duplicated"),
@@ -324,7 +329,10 @@ def test_parts_have_the_same_columns(tmp_path):
 
 @pytest.mark.parametrize(
     ("header", "message"),
-    [("text, label", "' label' has blanks around its name"), ("text;label", "the columns are text;label")],
+    [
+        ("text, label", "' label' has blanks around its name"),
+        ("text;label", "text;label .the delimiter seems to be ';'; .csv needs"),
+    ],
 )
 def test_misspelt_headers_are_shown(tmp_path, header, message):
     (tmp_path / "a.csv").write_text(header + "\n" + "a, 1\n" * (", " in header) + "a;1\n" * (";" in header))
