@@ -119,15 +119,15 @@ def refuse_mixed(train: Dataset, held_out: Dataset, names: dict[str, str]) -> No
 
 def _check_chats(table: Table, column: str) -> None:
     for row, chat in enumerate(table.columns[column]):
-        reason = None
+        wrong = None
         if not isinstance(chat, list) or not chat:
-            reason = f"{chat!r}; should be a list of messages"
+            wrong, allowed = f"{chat!r}", "a list of messages"
         else:
-            wrong = next((m for m in chat if not isinstance(m, dict) or not isinstance(m.get("role"), str)), None)
-            if wrong is not None:
-                reason = f"the message {wrong!r}; should be an object with role and content"
-        if reason:
-            raise InputError(f"{table.name}: row {row}: column {column!r} holds {reason[:300]}")
+            messages = (m for m in chat if not isinstance(m, dict) or not isinstance(m.get("role"), str))
+            if (message := next(messages, None)) is not None:
+                wrong, allowed = f"the message {message!r}", "an object with role and content"
+        if wrong:
+            raise InputError(f"{table.name}: column {column!r} holds {wrong[:300]} in row {row}; should be {allowed}")
 
 
 def _option(table: Table, name: str) -> list[Any]:

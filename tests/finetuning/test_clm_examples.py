@@ -170,18 +170,21 @@ def test_counts_are_those_of_what_is_left_and_old_runs_stay(tmp_path, tokenizer)
     [
         (
             [{"messages": chat("a", "b")}, {"messages": []}],
-            r"row 1: column 'messages' holds \[\]; should be a list of messages",
+            r"column 'messages' holds \[\] in row 1; should be a list of messages",
         ),
-        ([{"messages": None}, {"messages": chat("a", "b")}], "row 0: column 'messages' holds None; should be a list"),
+        (
+            [{"messages": None}, {"messages": chat("a", "b")}],
+            "column 'messages' holds None in row 0; should be a list",
+        ),
         (
             [{"messages": chat("a", "b")}, {"messages": ["hello"]}],
-            "the message 'hello'; should be an object with role",
+            "the message 'hello' in row 1; should be an object with role",
         ),
-        ([{"messages": [{"content": "x"}]}], "row 0: .* should be an object with role and content"),
+        ([{"messages": [{"content": "x"}]}], "in row 0; should be an object with role and content"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}], "'prompt' holds None in row 1"),
         (
             [{"prompt": chat("a"), "completion": chat("b")}, {"prompt": "a", "completion": "b"}],
-            "'a'; should be a list",
+            "'a' in row 1; should be a list",
         ),
         ([{"text": "a"}, {"text": 3}], "'text' holds 3 in row 1"),
         ([{"body": "a"}], "neither prompt and completion"),
@@ -196,7 +199,7 @@ def test_rows_that_are_something_else_are_named(rows, message):
 
 def test_a_chat_that_the_template_refuses_is_named(tmp_path, tokenizer):
     rows = [{"prompt": chat("a"), "completion": chat("b")}] * 2 + [{"prompt": [], "completion": chat("b")}]
-    with pytest.raises(InputError, match="row 2: column 'prompt' holds"):
+    with pytest.raises(InputError, match=r"column 'prompt' holds \[\] in row 2"):
         trainer_of(tmp_path, tokenizer, rows)
 
 
