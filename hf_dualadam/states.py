@@ -129,7 +129,7 @@ class EightBitMoments(MomentFormat):
 
     def layout(self, param: Tensor, name: str, dtype: torch.dtype) -> Layout:
         """Codes like ``param``, and their scales of shape (rows, blocks)."""
-        rows = param.shape[0]
+        rows = param.shape[0] if param.dim() else 1
         scales = (rows, -(-(param.numel() // max(1, rows)) // BLOCK))
         if name == "exp_avg":
             return {name: (tuple(param.shape), torch.int8), "exp_avg_scale": (scales, torch.float32)}
