@@ -37,6 +37,8 @@ class Study:
     def work(self, execute: Callable[[RunSpec], dict[str, Any]]) -> Iterator[tuple[RunSpec, Results]]:
         """Execute runs until none is left, here or at another worker.
 
+        Final runs go seed by seed, so that a comparison that is interrupted has equally many of every optimizer.
+
         Args:
             execute: executes one run; its result holds ``row``, ``curves`` and ``score``.
 
@@ -45,7 +47,8 @@ class Study:
         """
         while True:
             results = self.queue.results()
-            runs = {run.key: run for run in self.known_runs(results)}
+            in_order = sorted(self.known_runs(results), key=lambda run: (run.role == "final", run.seed))
+            runs = {run.key: run for run in in_order}
             self.queue.add(runs)
             key = self.queue.claim(runs)
             if key is not None:

@@ -200,6 +200,16 @@ def test_a_worker_killed_while_it_writes_keeps_nobody_waiting(tmp_path):
     assert time.monotonic() - start < 20  # Optuna's own lock is held for 30 seconds more
 
 
+def test_an_interrupted_comparison_has_equally_many_runs_of_each_optimizer(tmp_path):
+    comparison = make_comparison(comparison_arguments())
+    study = open_study(comparison, tmp_path)
+    runs = [run for run, _ in study.work(fake_execute(comparison, tmp_path / "log"))]
+    assert [run.role for run in runs] == ["selection"] * 6 + ["final"] * 6
+    assert [(run.seed, run.optimizer) for run in runs[6:]] == [
+        (seed, optimizer) for seed in (0, 1) for optimizer in ("adamw", "adamw_warmup", "dualadam")
+    ]
+
+
 def test_an_interrupt_hands_the_run_back(tmp_path):
     comparison = make_comparison(comparison_arguments())
     study = open_study(comparison, tmp_path)
