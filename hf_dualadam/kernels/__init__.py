@@ -28,11 +28,11 @@ def make_plan(batches: Batches, graph_tables: dict[Any, Any]) -> Plan:
     """Plan the steps of an optimizer.
 
     Args:
-        batches: per parameter group its options and all its (param, grad, state) items.
+        batches: the options of each parameter group and all its (param, grad, state) items.
         graph_tables: tables that captured graphs read, which outlive a plan.
 
     Returns:
-        The plan, for as long as it fits.
+        The plan; each step checks whether it still fits.
     """
     if not torch.cuda.is_initialized():
         return Plan(batches, [cpu], graph_tables)

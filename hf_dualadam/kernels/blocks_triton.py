@@ -1,7 +1,7 @@
 """8-bit moments and corrected weights in the CUDA kernel: the formats of states.py, read and written in one pass.
 
-A program takes blocks of elements that share a scale, 8 at a time, in an array of (block, element). See
-dual_update_triton.py for the tables and the formula.
+A program updates 8 blocks, each of elements that share a scale, as an array of shape (block, element). See
+dual_update_triton.py for the formula and tables.py for the tables.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .dual_update_triton import _moments, _pointers, _scaled_square_sum, _sqrt
 
 @triton.jit
 def _load(pointers, inside, whole: tl.constexpr):
-    """Load elements; of `whole` blocks all, so that many are loaded at a time."""
+    """Load elements; without a mask if the blocks are `whole`, so that each load can be wide."""
     if whole:
         values = tl.load(pointers)
     else:
@@ -47,7 +47,7 @@ def _unit(param):
 
 @triton.jit
 def _read_weight(param, correction, bits: tl.constexpr, param_dtype: tl.constexpr):
-    """The weight that is trained, in float32: states.read_weight."""
+    """The trained weight, in float32, as in states.read_weight."""
     if bits == 0:
         weight = param.to(tl.float32)
     elif param_dtype == tl.bfloat16:
@@ -61,7 +61,7 @@ def _read_weight(param, correction, bits: tl.constexpr, param_dtype: tl.constexp
 
 @triton.jit
 def _split_weight(weight, dither, bits: tl.constexpr, param_dtype: tl.constexpr):
-    """The parameter and its correction: states.write_weight_."""
+    """The parameter and its correction, as in states.write_weight_."""
     if bits == 0:
         param = weight.to(param_dtype)
         correction = param
@@ -87,7 +87,7 @@ def _split_weight(weight, dither, bits: tl.constexpr, param_dtype: tl.constexpr)
 
 @triton.jit
 def _read_codes(tensor, i, inside, blocks, inside_blocks, whole: tl.constexpr):
-    """Decode m and v of some blocks: states._decode_signed and _decode_positive."""
+    """Decode m and v of some blocks, as in states._decode_signed and _decode_positive."""
     codes = _load(_codes_at(tl.load(tensor + tables.EXP_AVG), i, tl.int8, whole), inside, whole).to(tl.float32)
     scales = _codes_at(tl.load(tensor + tables.EXP_AVG_SCALE), blocks, tl.float32, False)
     scale = _load(scales, inside_blocks, whole)
@@ -101,7 +101,7 @@ def _read_codes(tensor, i, inside, blocks, inside_blocks, whole: tl.constexpr):
 
 @triton.jit
 def _write_exp_avg(tensor, exp_avg, dither, i, inside, blocks, inside_blocks, whole: tl.constexpr):
-    """Code m of some blocks: states._encode_signed. Bit patterns sort like magnitudes, NaN above them all."""
+    """Encode m of some blocks, as in states._encode_signed. Bit patterns sort like magnitudes, with NaN on top."""
     pattern = exp_avg.to(tl.int32, bitcast=True)
     magnitude = pattern & 0x7FFFFFFF
     if not whole:
@@ -120,7 +120,7 @@ def _write_exp_avg(tensor, exp_avg, dither, i, inside, blocks, inside_blocks, wh
 
 @triton.jit
 def _write_exp_avg_sq(tensor, exp_avg_sq, dither, i, inside, blocks, inside_blocks, whole: tl.constexpr):
-    """Code v of some blocks: states._encode_positive."""
+    """Encode v of some blocks, as in states._encode_positive."""
     bits = exp_avg_sq.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if not whole:
         bits = tl.where(inside, bits, 0)
@@ -139,7 +139,7 @@ def _write_exp_avg_sq(tensor, exp_avg_sq, dither, i, inside, blocks, inside_bloc
 
 @triton.jit
 def _blocks(tensor, first_block):
-    """Elements and blocks of a program: no block crosses a row, so a row's last one may be shorter."""
+    """The elements and blocks of a program. No block crosses a row, so the last one of a row may be shorter."""
     row = tl.load(tensor + tables.ROW)
     blocks_in_row = tl.cdiv(row, tables.BLOCK)
     blocks = first_block + tl.arange(0, tables.BLOCKS)
@@ -163,7 +163,7 @@ def _update_blocks(
     correction_bits: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """One step of some blocks, in place: all loads, the formula, all stores."""
+    """Update some blocks in place: all loads, the formula, all stores."""
     params = _pointers(tl.load(tensor + tables.PARAM), i, param_dtype, whole)
     param = _load(params, inside, whole)
     grad = _load(_pointers(grad_address, i, param_dtype, whole), inside, whole).to(tl.float32)
@@ -210,7 +210,7 @@ def update_blocks_kernel(
     correction_bits: tl.constexpr,
     layout: tl.constexpr,
 ):
-    """One step of a program's blocks of a tensor with 8-bit moments, in place."""
+    """Update a program's blocks of a tensor with 8-bit moments in place."""
     place = tl.load(chunks + tl.program_id(0)).to(tl.int64)
     tensor = tensors + place * tables.N_COLUMNS
     grad = tl.load(grads + place)
@@ -227,7 +227,7 @@ def update_blocks_kernel(
         & (addresses % 16 == 0)
         & (tl.load(tensor + tables.ROW) % tables.BLOCK == 0)
     ):
-        # Whole blocks lie behind one another.
+        # Whole blocks are contiguous.
         i = (
             chunk * tables.BLOCKS * tables.BLOCK
             + (tl.arange(0, tables.BLOCKS) * tables.BLOCK)[:, None]
@@ -244,7 +244,7 @@ def update_blocks_kernel(
 
 @triton.jit
 def norms_blocks_kernel(tensors, grads, chunks, scalars, chunk_sums, param_dtype: tl.constexpr, layout: tl.constexpr):
-    """The same as norms_kernel for a program's blocks of a tensor with 8-bit moments."""
+    """Do the work of norms_kernel for a program's blocks of a tensor with 8-bit moments."""
     place = tl.load(chunks + tl.program_id(0)).to(tl.int64)
     tensor = tensors + place * tables.N_COLUMNS
     s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS

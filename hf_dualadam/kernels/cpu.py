@@ -1,4 +1,4 @@
-"""The CPU kernel: one call into ``dual_update.c`` a step, over all tensors of all groups."""
+"""The CPU kernel: one call of ``dual_update.c`` per step, for all tensors of all groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # dual_update.c's enum of dtypes, and bytes per element.
 _DTYPES = {torch.float32: (0, 4), torch.float64: (1, 8), torch.bfloat16: (2, 2), torch.float16: (3, 2)}
-# The same for moments: those that occur with a dtype of parameters, beside 8-bit codes.
+# By dtype of the parameter, the dtypes of moments in that enum, without 8-bit codes.
 _MOMENTS = {
     torch.float32: {torch.float32: 0},
     torch.float64: {torch.float64: 1},
@@ -33,27 +33,27 @@ _MOMENTS = {
 _CODES = 4
 _SCALES = ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _CORRECTION_BITS = {torch.int8: 8, torch.int16: 16}
-_GRAD, _N_FIELDS = 1, 15  # a place in struct Tensor, and the number of fields
+_GRAD, _N_FIELDS = 1, 15  # index of a field of struct Tensor, and the number of fields
 
 _REMEDY = (
     "install a C compiler (gcc or clang) and run `pip install --force-reinstall --no-deps` on hf_dualadam again, or, "
     "in a checkout, `python setup.py build_ext --inplace`"
 )
 
-# OpenMP's threads do not survive a fork, and waiting for them would never end: a forked child steps on one thread.
+# OpenMP's threads do not survive a fork, and waiting for them would hang: a forked child uses one thread.
 _PROCESS = os.getpid()
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """The compiled C source, or why there is none."""
+    """The compiled C source, or the reason why there is none."""
     path = Path(__file__).with_name("_dual_update.so")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"cannot be loaded ({error})" if path.exists() else "was not built"
     if not _is_current(library):
-        return "was built from other sources than those beside it"
+        return "was built from sources that have changed since"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.dual_update.argtypes = library.dual_norms.argtypes = (
         pointer,
@@ -72,28 +72,28 @@ def load() -> Any:
     """Load the compiled kernel.
 
     Returns:
-        The library and the address of the OpenMP entry point for it (None: there is none, and steps run on one
-        thread). None alone where the kernel is missing, which is logged once.
+        The library and the address of the OpenMP entry point for it, or None for the latter if torch has none; then
+        steps run on one thread. Just None if the kernel is missing, which is logged once.
     """
     library = _library()
     if isinstance(library, str):
         logger.warning("The CPU kernel of hf_dualadam %s, so steps take about 7 times longer: %s.", library, _REMEDY)
         return None
-    # torch has loaded its OpenMP runtime for all to see: asking for the name shares it, whichever it is.
+    # The symbols of torch's OpenMP runtime are global: looking up the name finds that runtime, whichever it is.
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     return library, parallel and ctypes.cast(parallel, ctypes.c_void_p)
 
 
 def count_steps(steps: array[int], rows: array[int], expected: array[float]) -> bool:
-    """Count a step of each tensor, in memory.
+    """Increment the step count of each tensor, in memory.
 
     Args:
         steps: addresses of the float32 step counts.
-        rows: per tensor its place in ``expected``.
+        rows: the index in ``expected`` of each tensor.
         expected: float32, the counts that should result.
 
     Returns:
-        Whether they do.
+        Whether they are the counts that result.
     """
     library = _library()
     if not isinstance(library, str):
@@ -106,9 +106,9 @@ def count_steps(steps: array[int], rows: array[int], expected: array[float]) -> 
 
 
 def _is_current(library: ctypes.CDLL) -> bool:
-    """Whether a kernel was built from the sources beside it.
+    """Whether a kernel was built from the sources next to it.
 
-    In a checkout it may be older, and would take the arguments for others.
+    In a checkout, it may be older and misread the arguments.
     """
     names = ("dual_update.c", "formula.h", "formats.h")
     sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
@@ -123,7 +123,7 @@ def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
     if load() is None:
         return f"the CPU kernel was not built for this version; {_REMEDY}."
     if param.dtype not in _DTYPES:
-        return f"the CPU kernel does not know {param.dtype}."
+        return f"the CPU kernel does not support {param.dtype}."
     if group["capturable"]:
         return "capturable=True is for accelerators, and a parameter is on the CPU."
     if group["normalize_inverse"] and not can_sum_over_shards(param):
@@ -137,8 +137,8 @@ class Part(plan.Part):
     """The tensors on the CPU, as the table that the C functions read."""
 
     def __init__(self, members: list[plan.Member], *args: Any) -> None:
-        """Fill the table; only addresses of gradients change from step to step."""
-        members = members[::-1]  # gradient clipping went from first to last: the last gradients are still in the cache
+        """Fill in the table; from step to step, only the addresses of gradients change."""
+        members = members[::-1]  # gradient clipping goes from first to last: the last gradients are still in the cache
         super().__init__(members, *args)
         self._rows = array("q")
         self._grads: list[int] = []  # the addresses in the table
@@ -169,12 +169,12 @@ class Part(plan.Part):
 
 
 def is_here(param: Tensor) -> bool:
-    """Whether the parameter is on the CPU, and the kernel was built."""
+    """Whether the parameter is on the CPU and the kernel is available."""
     return param.is_cpu and load() is not None
 
 
 def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[str, tuple[int, ...]] | None:
-    """The fields of struct Tensor, but for the last; one part takes all tensors that the kernel can update."""
+    """The fields of struct Tensor except the last; one part holds all tensors that the kernel can update."""
     param, grad, exp_avg, exp_avg_sq, step = tensors
     if group["capturable"] or group["normalize_inverse"] and not can_sum_over_shards(item[0]):
         return None
@@ -201,7 +201,7 @@ _NO_SCALES: tuple[int, ...] | None = (0, 0, 0)
 
 
 def _correction(param: Tensor, state: dict[str, Any]) -> tuple[int | None, int]:
-    """The address of a weight's correction (0: there is none) and its bits; None where it does not fit."""
+    """The address of a weight's correction (0 if there is none, None if it does not fit) and its bits."""
     correction = state.get("weight_correction")
     if correction is None:
         return 0, 0
@@ -212,7 +212,7 @@ def _correction(param: Tensor, state: dict[str, Any]) -> tuple[int | None, int]:
 
 
 def _scales(param: Tensor, state: dict[str, Any]) -> tuple[int, ...] | None:
-    """The addresses of the scales of 8-bit moments; None where they do not fit the parameter."""
+    """The addresses of the scales of 8-bit moments; None if they do not fit the parameter."""
     scales = [local_tensor(state[name]) for name in _SCALES]
     shape = (param.shape[0], -(-param.shape[1:].numel() // BLOCK))
     if all(x.is_cpu and x.dtype == torch.float32 and x.shape == shape and x.is_contiguous() for x in scales):
@@ -228,10 +228,10 @@ def _options(group: dict[str, Any]) -> tuple[float, ...]:
 
 
 def _call(name: str, rows: array[int], groups: array[float], numbers: Tensor | None) -> None:
-    """Call a C function; ``numbers`` are the norm ratios that it takes, or the sums of squares that it fills."""
+    """Call a C function; ``numbers`` holds the norm ratios it reads or the sums of squares it writes."""
     library, parallel = load()
     threads = torch.get_num_threads() if parallel and os.getpid() == _PROCESS else 1
     address = None if numbers is None else numbers.data_ptr()
     tables = (rows.buffer_info()[0], len(rows) // _N_FIELDS, groups.buffer_info()[0])
     if getattr(library, name)(*tables, address, threads, parallel):
-        raise MemoryError("The CPU kernel of hf_dualadam found no memory for its table of tensors.")
+        raise MemoryError("The CPU kernel of hf_dualadam ran out of memory for its table of tensors.")

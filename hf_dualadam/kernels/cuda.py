@@ -1,9 +1,9 @@
-"""The CUDA kernel: a few Triton launches a step for all tensors of one device and one kind.
+"""The CUDA kernel: a few Triton launches per step for all tensors of one device and one kind.
 
 Tables in device memory hold the addresses of the tensors. A plan sends its tables again when addresses change or the
-step runs on another stream. While a graph is captured, tables are written by kernels that carry the numbers as
-arguments, so a graph refills its own tables whenever it is replayed; the larger ones, which never change, it shares
-with the plan, and the optimizer keeps them.
+step runs on another stream. During the capture of a CUDA graph, tables are written by kernels that take the numbers as
+arguments, so each replay fills the graph's own tables again. The larger tables, which never change, are shared between
+graph and plan, and the optimizer keeps them alive.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .layout import Operands, addresses_of, can_sum_over_shards, mark_as_written
 
 logger = logging.getLogger(__name__)
 
-# The dtypes of parameter and moments that belong together, as the names that Triton has for them.
+# The supported pairs of dtypes, of parameter and moments, with Triton's names for them.
 _DTYPES = {
     (torch.float32, torch.float32): ("float32", "float32"),
     (torch.float64, torch.float64): ("float64", "float64"),
@@ -42,7 +42,7 @@ _DTYPES = {
 _HOST = torch.device("cpu")
 _SCALES = ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _TORCH_DTYPES = {"q": torch.int64, "f": torch.float32, "d": torch.float64}  # of arrays
-_OLDEST_TRITON = (3, 2)  # 3.1 and older compute wrong numbers in the interpreter
+_OLDEST_TRITON = (3, 2)  # the interpreter of 3.1 and older computes wrong numbers
 _REMEDY = "run `pip install 'triton>=3.2'` (torch 2.6 and newer bring it)"
 # Without fused operations, the compiled kernels round as in Triton's interpreter, which the tests use.
 _LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
@@ -52,7 +52,7 @@ _REGISTERS = {} if torch.version.hip else {"maxnreg": 96}
 
 @functools.cache
 def load() -> Any:
-    """Import the Triton kernels; None where Triton is missing or too old, which is logged once."""
+    """Import the Triton kernels; None if Triton is missing or too old, which is logged once."""
     try:
         import triton
 
@@ -73,7 +73,7 @@ def unavailable_reason(param: Tensor, group: plan.Group) -> str | None:
         return f"the CUDA kernel needs Triton 3.2 or newer; {_REMEDY}."
     state_dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
     if (param.dtype, state_dtype) not in _DTYPES:
-        return f"the CUDA kernel does not know {param.dtype}."
+        return f"the CUDA kernel does not support {param.dtype}."
     reason = _failure(param.device, param.dtype, state_dtype, group["capturable"], group["normalize_inverse"])
     return reason and f"the CUDA kernel fails on {param.device}: {reason}"
 
@@ -84,7 +84,7 @@ def is_here(param: Tensor) -> bool:
 
 
 def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[Any, None] | None:
-    """Tensors of one device and one pair of dtypes are updated together, if the kernel can be launched there."""
+    """Group tensors by device and pair of dtypes, if the kernel can be launched for them."""
     param, grad, exp_avg, exp_avg_sq, step = tensors
     capturable, normalize = group["capturable"], group["normalize_inverse"]
     coded = exp_avg.dtype == torch.int8
@@ -108,7 +108,7 @@ def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[Any,
 
 
 def _more_names(state: dict[str, Any]) -> list[str]:
-    """The entries of a state with 8-bit moments or a corrected weight that other states lack."""
+    """The entries of a state that only 8-bit moments and corrected weights have."""
     return [name for name in ("weight_correction", *_SCALES) if name in state]
 
 
@@ -121,7 +121,7 @@ def _failure(
     normalize: bool,
     correction_bits: int = 0,
 ) -> str | None:
-    """Launch the kernels on one number before any step is counted; return the reason of a failure."""
+    """Try the kernels on one element, before any step is counted; return why they failed, or None."""
     group = {
         "lr": 0.0,
         "betas": (0.9, 0.999),
@@ -145,7 +145,7 @@ def _failure(
             state["weight_correction"] = torch.zeros(1, 1, dtype=integers, device=device)
         part = Part([plan.Member(0, 0, (param, grad, exp_avg, exp_avg_sq, step), state, None)], False, {})
         part.run(plan.Found([param], [param], [grad], [grad.data_ptr()]), [group])
-    except Exception as error:  # of Triton, of the compiler that it calls, of the driver
+    except Exception as error:  # from Triton, the compiler that it calls, or the driver
         reason = f"{type(error).__name__}: {error}"
         _report(device, reason)
         return reason
@@ -159,7 +159,7 @@ def _report(device: torch.device, reason: str) -> None:
 
 
 class _Tables(NamedTuple):
-    """What never changes while a plan fits, on the device."""
+    """The tables on the device that do not change while a plan fits."""
 
     tensors: Tensor
     chunks: Tensor  # the tensor of each chunk
@@ -170,7 +170,7 @@ class Part(plan.Part):
     """The tensors of one device, one pair of dtypes and one value of ``capturable``."""
 
     def __init__(self, members: list[plan.Member], *args: Any) -> None:
-        """Note what the tables will say; they are sent by the first step."""
+        """Collect the contents of the tables; the first step sends them."""
         super().__init__(members, *args)
         param, _, exp_avg, *_ = members[0].operands
         self._device, self._dtypes = param.device, (param.dtype, exp_avg.dtype)
@@ -356,7 +356,7 @@ def _scale_columns(tables: Any) -> tuple[Any, ...]:
 
 
 def _on_device(numbers: array[Any], device: torch.device) -> Tensor:
-    """Send numbers to the device without waiting for it; into a graph, as arguments of kernels."""
+    """Send numbers to the device without waiting for it; during a graph's capture, as arguments of kernels."""
     dtype = _TORCH_DTYPES[numbers.typecode]
     if _is_capturing(device):
         table = torch.zeros(len(numbers), dtype=dtype, device=device)
@@ -377,7 +377,7 @@ def _stream(device: torch.device) -> int:
 
 
 def _scalars(group: plan.Group, step: float) -> Any:
-    """The scalars of a step; of lr = 1 where lr is on a device, and is filled in there."""
+    """The scalars of a step; if lr is on a device, for lr = 1, to be multiplied there."""
     lr = 1.0 if _is_on_device(group["lr"]) else float(group["lr"])
     names = ("betas", "eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
     return step_scalars(step, lr=lr, **{name: group[name] for name in names})
@@ -400,7 +400,7 @@ def _row(s: Any, step: float) -> tuple[float, ...]:
 
 
 def _options(group: plan.Group) -> tuple[float, ...]:
-    """A row of the table of options; an lr on a device is filled in there."""
+    """A row of the table of options, without an lr that is on a device, which is filled in there."""
     lr = 0.0 if _is_on_device(group["lr"]) else float(group["lr"])
     sign = -1.0 if group["maximize"] else 1.0
     rest = (group[name] for name in ("eps", "weight_decay", "switch_rate", "inverse_scale"))

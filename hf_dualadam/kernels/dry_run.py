@@ -1,7 +1,7 @@
-"""The CUDA path without a GPU: kernels are bound, specialized and compiled for one, and never launched.
+"""The CUDA path without a GPU: kernels are bound, specialized and compiled, but never launched.
 
-For tests of what the compiler makes, and for the host time of a step. Triton's drivers are no public interface, so
-this may need a change for a new release of Triton.
+It serves to test the compiled code and to measure the host time of a step. Triton's drivers are not a public
+interface, so a new release of Triton may require changes here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Launches = list[tuple[str, tuple[int, int, int]]]  # names of kernels and grids
 
 
 class _Utils:
-    """Stands for the functions of a driver's C library."""
+    """Replaces the functions of a driver's C library."""
 
     def load_binary(self, *_: Any) -> tuple[int, ...]:
         old = tuple(map(int, __version__.split(".")[:2])) < (3, 3)
@@ -37,7 +37,7 @@ class _Utils:
 
 
 class _Driver:
-    """A driver that knows its target and launches nothing."""
+    """A driver that reports a target and launches nothing."""
 
     def __init__(self, target: GPUTarget, launches: Launches) -> None:
         self.utils, self._target = _Utils(), target
@@ -68,7 +68,7 @@ class _Driver:
 
 
 def target(name: str) -> GPUTarget:
-    """The GPU of a name such as ``sm_90`` or ``gfx942``."""
+    """The GPU with a name such as ``sm_90`` or ``gfx942``."""
     if name.startswith("sm_"):
         return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
     return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
@@ -82,21 +82,21 @@ def _forget_compiled_kernels() -> None:
 
 @contextlib.contextmanager
 def cuda_path_on_the_cpu(gpu: str = "sm_90") -> Iterator[Launches]:
-    """Let optimizers of parameters on the CPU take the CUDA path, as far as the launch.
+    """Make optimizers of parameters on the CPU take the CUDA path, up to the launch.
 
     Args:
         gpu: what to compile for, see :func:`target`.
 
     Yields:
-        The launches that would have been.
+        The launches that were left out.
     """
     launches: Launches = []
     try:
         before = driver.active
-    except RuntimeError:  # there is no GPU, so nothing else can launch either
+    except RuntimeError:  # there is no GPU, so there is no driver to restore
         before = None
     driver.set_active(_Driver(target(gpu), launches))
-    registers = cuda._REGISTERS if gpu.startswith("sm_") else {}  # AMD's compiler takes no limit
+    registers = cuda._REGISTERS if gpu.startswith("sm_") else {}  # AMD's compiler accepts no limit
     cuda._failure.cache_clear()
     cuda._report.cache_clear()
     _forget_compiled_kernels()

@@ -1,10 +1,10 @@
 /* One step of DualAdam over all tensors of an optimizer, one pass over memory: the CPU kernel of hf_dualadam.
  *
- * In this order: the tables that cpu.py fills, the formula (formula.h), the formats of what is stored (formats.h), the
- * two in one pass over a chunk, the scalars of a step, and the division of all chunks among threads.
+ * From top to bottom: the tables filled in by cpu.py, the formula (formula.h), the storage formats (formats.h), one
+ * pass over a chunk, the scalars of a step, and the distribution of the chunks over threads.
  *
- * Plain C, with no header of torch or Python, so one build fits every version of either. It links no OpenMP runtime:
- * cpu.py hands over the entry point of the one that torch has loaded, so that there is never a second one.
+ * Plain C without headers of torch or Python, so one build works with every version of either. It is not linked
+ * against an OpenMP runtime: cpu.py passes the entry point of the one torch has loaded, so a process never loads two.
  */
 #include <math.h>
 #include <sched.h>
@@ -15,18 +15,18 @@
 #ifndef SOURCES_CHECKSUM
 #define SOURCES_CHECKSUM 0u
 #endif
-/* CRC-32 of these sources as setup.py has found them; cpu.py compares it with the files beside the kernel. */
+/* CRC-32 of the sources at build time, from setup.py; cpu.py compares it with the files next to the kernel. */
 const uint32_t dual_update_sources = SOURCES_CHECKSUM;
 
 #define INLINE inline __attribute__((always_inline))
 #define ALIGNED __attribute__((aligned(64)))
-#define BLOCK 128  /* elements that are read, updated and written at a time; of 8-bit moments, those of one scale */
-#define CHUNK 256  /* blocks that one thread takes at a time; p, g, m and v of one float32 chunk are 512 KiB */
-#define LANES (BLOCK / 4) /* partial sums that squares are added up in: enough for several vectors */
+#define BLOCK 128  /* elements read, updated and written at a time; 8-bit moments have one scale per block */
+#define CHUNK 256  /* blocks per task; the param, grad, m and v of a float32 chunk take 512 KiB */
+#define LANES (BLOCK / 4) /* partial sums of squares: enough for several vectors */
 #define OCTAVES 40 /* range of the codes of exp_avg_sq within a block */
 #define DITHERED_CODES 16 /* codes of exp_avg below this are not rounded to nearest */
 
-/* Instruction sets to choose from at load time, where the compiler and the C library can. */
+/* Instruction sets, selected at load time where the compiler and the C library support it. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -37,7 +37,7 @@ const uint32_t dual_update_sources = SOURCES_CHECKSUM;
 #define CLONES
 #endif
 
-/* ---- the tables: a row per tensor and one per parameter group. All fields are 8 bytes wide ---- */
+/* ---- the tables: one row per tensor and one per parameter group; all fields are 8 bytes wide ---- */
 
 typedef struct {
     void *param, *grad, *exp_avg, *exp_avg_sq;
@@ -45,7 +45,7 @@ typedef struct {
     float *exp_avg_scale, *exp_avg_sq_min, *exp_avg_sq_max; /* of 8-bit moments; else NULL */
     float *step;
     int64_t size; /* of the parameter, in bytes */
-    int64_t row;  /* elements that blocks do not cross: with 8-bit moments, all that lies behind the first dimension */
+    int64_t row;  /* elements per row, which blocks do not cross; with 8-bit moments, those of one param[i] */
     int64_t dtype, moments_dtype, correction_bits, group;
 } Tensor;
 
@@ -60,7 +60,7 @@ typedef struct {
     double beta1, beta2, eps, sign, decay, step_size, bias2_rsqrt, adam_weight, inverse_weight;
     double norm_ratio; /* rescales m*d to the norm of m/d; 1 unless the inverse update is normalized */
     float step;
-    int moments_done; /* m and v are those of this step already: the pass over the norms has stored them */
+    int moments_done; /* m and v are already updated: the pass over the norms stored them */
 } StepScalars;
 
 typedef struct {
@@ -92,7 +92,7 @@ typedef struct {
     float param[BLOCK], grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
 } Buffers;
 
-/* Floats as they lie in memory, or else read into the buffer. */
+/* Returns float32 numbers in place; converts 16-bit numbers into the buffer. */
 static INLINE float *read_floats(const void *from, int64_t dtype, int64_t i, float *buffer, int64_t n)
 {
     if (dtype == FLOAT32)
@@ -208,14 +208,14 @@ static int64_t n_blocks(const Tensor *t)
     return t->row ? numel(t) / t->row * blocks_of_row(t) : 0;
 }
 
-/* The first element of a block; of the one behind the last, the number of elements. */
+/* The index of a block's first element; for the block past the last, the number of elements. */
 static int64_t first_element(const Tensor *t, int64_t block)
 {
     const int64_t of_row = blocks_of_row(t);
     return block / of_row * t->row + block % of_row * BLOCK;
 }
 
-/* How many elements of the row are left. */
+/* The number of elements from the start of a block to the end of its row. */
 static int64_t rest_of_row(const Tensor *t, int64_t block)
 {
     return t->row - block % blocks_of_row(t) * BLOCK;
@@ -229,7 +229,7 @@ static CLONES void update(const Tensor *t, int64_t begin, int64_t end, const Ste
         if (t->dtype == FLOAT64)
             update_double((double *)t->param + i, (double *)t->grad + i, (double *)t->exp_avg + i,
                           (double *)t->exp_avg_sq + i, n, s);
-        else if (n == BLOCK) /* a length that the compiler knows */
+        else if (n == BLOCK) /* a length known to the compiler */
             update_block(t, block, i, BLOCK, s);
         else
             update_block(t, block, i, n, s);
@@ -238,7 +238,7 @@ static CLONES void update(const Tensor *t, int64_t begin, int64_t end, const Ste
     }
 }
 
-/* Adds up the squares of m/d and of m*d. Stores m and v, if they are stored unrounded and `store` is set. */
+/* Sums the squares of m/d and of m*d. With `store`, also stores m and v; their format must not round them. */
 static CLONES void norms(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, int store, double sums[2])
 {
     Squares squares ALIGNED = {{0}, {0}};
@@ -290,15 +290,15 @@ static StepScalars step_scalars(float step, const Group *group)
 
 /* ---- all tensors, all threads ---- */
 
-/* What there is to do about one tensor. Its chunks are tasks: to be updated, or, where the inverse update is
- * normalized, to have their norms measured first. Consecutive small tensors share a task. Once the norms of a tensor
- * are known, the updates of its chunks go before all tasks, from the last chunk to the first: they find in the cache
- * what the norms have read last, and no thread waits while there is something to do. */
+/* The work on one tensor. Each of its chunks is a task: to update the chunk or, if the inverse update is normalized,
+ * to measure its norms first. Consecutive small tensors share a task. Once the norms of a tensor are known, updating
+ * its chunks takes precedence over all tasks, from the last chunk to the first: those measured last are still in the
+ * cache, and no thread waits while there is work. */
 typedef struct {
     int64_t n_chunks, first_task;
-    int measured;          /* the norms are to be measured */
-    int64_t pending_norms; /* chunks whose norms are still to be measured */
-    int64_t next_update;   /* number of updates handed out, after the norms */
+    int measured;          /* whether the norms have to be measured */
+    int64_t pending_norms; /* chunks whose norms are not measured yet */
+    int64_t next_update;   /* chunks handed out for updating since the norms are known */
     double (*sums)[2];     /* one pair per chunk: squares of m/d and of m*d */
     double norm_ratio;     /* scale of the inverse update: 1 unless it is normalized */
 } Work;
@@ -308,12 +308,12 @@ typedef struct {
     const Group *groups;
     Work *works;
     int64_t n_tensors, n_tasks, next_task;
-    int only_norms;       /* change nothing */
-    int64_t *ready;       /* tensors of several chunks whose norms are known, each plus 1 */
+    int only_norms;       /* measure the norms and change nothing */
+    int64_t *ready;       /* tensors of several chunks whose norms are known: their index plus 1 */
     int64_t n_ready, all_ready, first_ready;
 } Job;
 
-/* What a thread keeps between two tasks: the scalars are often those of the task before. */
+/* A thread's state between tasks: consecutive tasks often share their scalars. */
 typedef struct {
     Job *job;
     int64_t group;
@@ -326,7 +326,7 @@ static int64_t end_of_chunk(const Tensor *t, int64_t chunk)
     return end < blocks ? end : blocks;
 }
 
-/* Whether the pass over the norms may store m and v: not where that would round them. */
+/* Whether the pass over the norms can store m and v without rounding them. */
 static int stores_exactly(const Tensor *t)
 {
     return t->moments_dtype == FLOAT32 || t->moments_dtype == FLOAT64;
@@ -335,7 +335,7 @@ static int stores_exactly(const Tensor *t)
 static const StepScalars *scalars_for(Worker *worker, int64_t place)
 {
     const Tensor *t = &worker->job->tensors[place];
-    const float step = *t->step + worker->job->only_norms; /* dual_update has counted the step */
+    const float step = *t->step + worker->job->only_norms; /* dual_update has already counted the step */
     if (t->group != worker->group || step != worker->scalars.step) {
         worker->scalars = step_scalars(step, &worker->job->groups[t->group]);
         worker->group = t->group;
@@ -351,7 +351,7 @@ static void update_chunk(Worker *worker, int64_t place, int64_t chunk)
     update(t, chunk * CHUNK, end_of_chunk(t, chunk), scalars_for(worker, place));
 }
 
-/* Adds up the squares of a tensor's chunks, in their order. */
+/* Sums the squares of a tensor's chunks, in order. */
 static void add_up(const Work *work, double sums[2])
 {
     sums[0] = sums[1] = 0;
@@ -361,8 +361,8 @@ static void add_up(const Work *work, double sums[2])
     }
 }
 
-/* Measures the norms of a chunk. After the last one of its tensor, works out the ratio, adding up in the order of the
- * chunks, and has the tensor updated. */
+/* Measures the norms of a chunk. After the tensor's last one, computes their ratio (summed in the order of the chunks,
+ * whichever is last) and updates the tensor or marks it as ready. */
 static void measure_chunk(Worker *worker, int64_t place, int64_t chunk)
 {
     Job *job = worker->job;
@@ -383,7 +383,7 @@ static void measure_chunk(Worker *worker, int64_t place, int64_t chunk)
     }
 }
 
-/* Updates a chunk of a tensor whose norms are known, if one is left. */
+/* Updates a chunk of a tensor whose norms are known. Returns 0 if there is none. */
 static int update_ready(Worker *worker)
 {
     Job *job = worker->job;
@@ -403,12 +403,12 @@ static int update_ready(Worker *worker)
     return 0;
 }
 
-/* What every thread does: take a task until none is left. */
+/* Runs in every thread: takes tasks until none is left. */
 static void work(void *data)
 {
     Job *job = data;
     Worker worker = {.job = job, .group = -1};
-    int64_t place = 0; /* no earlier tensor has a task for this thread any more: their numbers rise */
+    int64_t place = 0; /* task numbers increase, so this thread never returns to an earlier tensor */
     for (;;) {
         if (update_ready(&worker))
             continue;
@@ -430,7 +430,7 @@ static void work(void *data)
     }
 }
 
-/* Divides the tensors into tasks. Returns the number of chunks whose norms are to be measured. */
+/* Divides the tensors into tasks. Returns the number of chunks whose norms have to be measured. */
 static int64_t plan(Job *job, const double *norm_ratios)
 {
     int64_t n_measured = 0, blocks_of_task = CHUNK;
@@ -460,7 +460,7 @@ static int64_t plan(Job *job, const double *norm_ratios)
 
 typedef void Parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
 
-/* Does the work of dual_update or dual_norms; `sums` receives the squares of the norms per tensor if not NULL. */
+/* Implements dual_update and dual_norms. Unless `sums` is NULL, stores each tensor's squared norms in it. */
 static int run(Job job, const double *norm_ratios, double (*sums)[2], int threads, Parallel *parallel)
 {
     job.works = calloc(job.n_tensors + 1, sizeof *job.works);
@@ -476,7 +476,7 @@ static int run(Job job, const double *norm_ratios, double (*sums)[2], int thread
             if (!job.only_norms)
                 *job.tensors[i].step += 1;
         }
-        if (threads > 1 && job.n_tasks > 1) /* for less, waking other threads takes longer than the work */
+        if (threads > 1 && job.n_tasks > 1) /* waking other threads takes longer than a single task */
             parallel(work, &job, threads, 0);
         else
             work(&job);
@@ -490,9 +490,9 @@ static int run(Job job, const double *norm_ratios, double (*sums)[2], int thread
 }
 
 /* Counts the step of every tensor and updates it.
- *   norm_ratios  per tensor the scale of its inverse update, or NULL to measure it where the group normalizes
+ *   norm_ratios  the scale of each tensor's inverse update, or NULL to measure it in groups that normalize
  *   parallel     GOMP_parallel of the OpenMP runtime in use; not called, and may be NULL, if threads is 1
- * Returns 0, or 1 if there was no memory; then nothing has changed. */
+ * Returns 0, or 1 if it ran out of memory; then nothing has changed. */
 int dual_update(const Tensor *tensors, int64_t n_tensors, const Group *groups, const double *norm_ratios, int threads,
                 Parallel *parallel)
 {
@@ -500,8 +500,8 @@ int dual_update(const Tensor *tensors, int64_t n_tensors, const Group *groups, c
     return run(job, norm_ratios, NULL, threads, parallel);
 }
 
-/* Changes nothing but `sums`: per tensor, the sums of the squares of m/d and of m*d as the coming update will have
- * them; 0 where it does not normalize. So norms of tensors that are spread over processes can be added up. Returns as
+/* Stores in `sums`, for each tensor, the sums of the squares of m/d and of m*d in the coming update, or 0 if that is
+ * not normalized; changes nothing else. For sharded tensors, the caller adds up the sums of all processes. Returns as
  * dual_update. */
 int dual_norms(const Tensor *tensors, int64_t n_tensors, const Group *groups, double (*sums)[2], int threads,
                Parallel *parallel)
@@ -510,11 +510,11 @@ int dual_norms(const Tensor *tensors, int64_t n_tensors, const Group *groups, do
     return run(job, NULL, sums, threads, parallel);
 }
 
-/* Counts a step of each tensor, for kernels that run elsewhere.
+/* Increments the step count of each tensor, for kernels that run elsewhere.
  *   steps     addresses of the counts
- *   rows      per tensor its place in expected
+ *   rows      the index in `expected` of each tensor
  *   expected  the counts that should result
- * Returns how many are not as expected. */
+ * Returns how many differ from those expected. */
 int64_t count_steps(float *const *steps, const int64_t *rows, int64_t n, const float *expected)
 {
     int64_t unexpected = 0;

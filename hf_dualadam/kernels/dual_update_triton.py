@@ -1,7 +1,7 @@
-"""One step of DualAdam over many tensors in a few launches: the CUDA kernel, in functional.py's names and order.
+"""The CUDA kernel: one step of DualAdam over many tensors in a few launches, with functional.py's names and order.
 
-Nothing that changes from step to step is an argument: addresses and step scalars lie in tables in device memory. So a
-kernel is compiled once per dtype, however lr, alpha and the step count move, and CUDA graphs can replay it. Addresses
+Nothing that changes from step to step is an argument: addresses and step scalars are in tables in device memory. So a
+kernel is compiled once per dtype, whatever lr, alpha and the step count are, and CUDA graphs can replay it. Addresses
 and element indices are 64 bits wide. ``real`` is the dtype of the arithmetic: float64 for float64, else float32.
 """
 
@@ -14,7 +14,7 @@ from . import tables
 @triton.jit
 def _pointers(address, i, dtype: tl.constexpr, aligned: tl.constexpr):
     """Pointers to the elements i of the array at an address; `aligned` ones are loaded 16 bytes at a time."""
-    if dtype == tl.float32:  # Triton 3.1 knows no pointer_type(dtype)
+    if dtype == tl.float32:  # Triton 3.1 does not support pointer_type(dtype)
         start = address.to(tl.pointer_type(tl.float32))
     elif dtype == tl.float64:
         start = address.to(tl.pointer_type(tl.float64))
@@ -29,7 +29,7 @@ def _pointers(address, i, dtype: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _sqrt(x):
-    """The root, also of subnormal numbers, which tl.sqrt takes for 0; tl.sqrt_rn needs more registers."""
+    """The square root, also of subnormal numbers, which tl.sqrt treats as 0; tl.sqrt_rn needs more registers."""
     tiny = x < 2.0**-100
     root = tl.sqrt(tl.where(tiny, x * 2.0**100, x))
     return tl.where(tiny, root * 2.0**-50, root)
@@ -62,7 +62,7 @@ def _update(
     real: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """One step of the elements i, in place: all loads, the formula, all stores."""
+    """Update the elements i in place: all loads, the formula, all stores."""
     params = _pointers(tl.load(tensor + tables.PARAM), i, param_dtype, aligned)
     grads = _pointers(grad_address, i, param_dtype, aligned)
     exp_avgs = _pointers(tl.load(tensor + tables.EXP_AVG), i, state_dtype, aligned)
@@ -99,7 +99,7 @@ def update_kernel(
     real: tl.constexpr,
     layout: tl.constexpr,
 ):
-    """One step of one chunk, in place."""
+    """Update one chunk in place."""
     row = tl.load(chunks + tl.program_id(0)).to(tl.int64)
     tensor = tensors + row * tables.N_COLUMNS
     grad = tl.load(grads + row)
@@ -138,7 +138,7 @@ def norms_kernel(
     real: tl.constexpr,
     layout: tl.constexpr,
 ):
-    """Measure m/d and m*d of one chunk as the coming update will have them, if its tensor is to be normalized."""
+    """Measure m/d and m*d of one chunk in the coming update, if the inverse update of its tensor is normalized."""
     row = tl.load(chunks + tl.program_id(0)).to(tl.int64)
     tensor = tensors + row * tables.N_COLUMNS
     s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS
@@ -161,14 +161,14 @@ def norms_kernel(
 
 @triton.jit
 def _squares(quads, column: tl.constexpr, chunk, n_chunks):
-    """Sums of squares of some chunks, in float64, from what norms_kernel has measured."""
+    """Sums of squares of some chunks, in float64, from the results of norms_kernel."""
     largest = tl.load(quads + 4 * chunk + column, chunk < n_chunks, other=0).to(tl.float64)
     return largest * largest * tl.load(quads + 4 * chunk + column + 1, chunk < n_chunks, other=0).to(tl.float64)
 
 
 @triton.jit
 def norm_sums_kernel(tensors, scalars, chunk_sums, sums, layout: tl.constexpr):
-    """Add up the squares of one tensor's m/d and m*d; 1 and 1 unless it is to be normalized."""
+    """Sum the squares of one tensor's m/d and m*d; store 1 and 1 unless its inverse update is normalized."""
     tensor = tensors + tl.program_id(0) * tables.N_COLUMNS
     s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS
     adam_sum = tl.full((), 1, tl.float64)

@@ -1,9 +1,9 @@
-/* How numbers are kept between steps, and read and written a block at a time: 16-bit floats, 16-bit weights with a
- * correction, and 8-bit moments, as hf_dualadam/states.py defines them, to the bit. Without branches, so that vectors
- * are used; n is the number of elements, at most BLOCK.
+/* The storage formats, read and written a block at a time: 16-bit floats, 16-bit weights with a correction, and 8-bit
+ * moments, bit for bit as hf_dualadam/states.py defines them. The loops have no branches, so that they are vectorized;
+ * n is the number of elements, at most BLOCK.
  */
 
-#define INFINITE 0x7f800000 /* bit pattern of an infinite float; those of NaN are larger */
+#define INFINITE 0x7f800000 /* bit pattern of infinity; those of NaN are larger */
 
 static INLINE float as_float(uint32_t bits)
 {
@@ -19,7 +19,7 @@ static INLINE uint32_t as_bits(float x)
     return bits;
 }
 
-/* ---- 16-bit floats: rounded to the nearest, ties to even ---- */
+/* ---- 16-bit floats: rounded to nearest, ties to even ---- */
 
 static INLINE float from_bfloat16(uint16_t x)
 {
@@ -28,7 +28,7 @@ static INLINE float from_bfloat16(uint16_t x)
 
 static INLINE uint16_t to_bfloat16(float x)
 {
-    const uint32_t bits = as_bits(x); /* NaN stays NaN: from arithmetic on bfloat16, its low bits are 0 */
+    const uint32_t bits = as_bits(x); /* NaN stays NaN, since arithmetic on bfloat16 gives NaN with low bits of 0 */
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
@@ -45,10 +45,10 @@ static INLINE uint16_t to_float16(float x)
 {
     const uint32_t bits = as_bits(x), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
     const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000; /* 0.5 shifts the mantissa in place */
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000; /* + 0.5 aligns the mantissa */
     const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
     const uint32_t infinite = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    return (uint16_t)(sign | (magnitude >= 0x477ff000 ? infinite : finite)); /* 65520 and more round to infinity */
+    return (uint16_t)(sign | (magnitude >= 0x477ff000 ? infinite : finite)); /* 65520 and above become infinite */
 }
 
 static INLINE void read_bfloat16(float *restrict to, const uint16_t *restrict from, int64_t n)
@@ -63,10 +63,10 @@ static INLINE void write_bfloat16(uint16_t *restrict to, const float *restrict f
         to[i] = to_bfloat16(from[i]);
 }
 
-/* The processor's own conversions, where it has them, round alike. */
+/* The processor's conversion instructions, where available, round the same way. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define HAS_F16C __builtin_cpu_supports("avx2") /* every processor with AVX2 has F16C too */
+#define HAS_F16C __builtin_cpu_supports("avx2") /* every processor with AVX2 also has F16C */
 #define F16C __attribute__((target("avx,f16c")))
 #define VECTOR 8
 
@@ -111,7 +111,7 @@ static INLINE void write_float16(uint16_t *restrict to, const float *restrict fr
         to[i] = to_float16(from[i]);
 }
 
-/* ---- the dither of a step, as states.dither ---- */
+/* ---- the dither of a step, as in states.dither ---- */
 
 static INLINE uint32_t dither_bits(float step)
 {
@@ -136,7 +136,7 @@ static INLINE void read_codes(float *restrict exp_avg, float *restrict exp_avg_s
                               const uint8_t *restrict sq_codes, float scale, float min, float max, int64_t n)
 {
     const float unit = scale * (float)(1.0 / (127 * 127));
-    const uint32_t low = as_bits(min), width = code_width(low, as_bits(max)), below = low - width; /* of code 0 */
+    const uint32_t low = as_bits(min), width = code_width(low, as_bits(max)), below = low - width; /* at code 0 */
     for (int64_t i = 0; i < n; i++) {
         const float q = avg_codes[i];
         exp_avg[i] = q * fabsf(q) * unit;
@@ -145,19 +145,19 @@ static INLINE void read_codes(float *restrict exp_avg, float *restrict exp_avg_s
         exp_avg_sq[i] = as_float(sq_codes[i] ? below + sq_codes[i] * width : 0);
 }
 
-/* What turns the moments of a block into codes. */
+/* The parameters for encoding the moments of a block. */
 typedef struct {
-    float scale, min, max; /* as they are stored */
+    float scale, min, max; /* as stored */
     int32_t low;           /* bit pattern of min */
     float codes_per_root, codes_per_bit;
-    uint32_t magnitude;    /* mask that takes the sign away, or all: codes of a block that is not finite are 0 */
+    uint32_t magnitude;    /* mask that clears the sign, or everything if the block is not finite: its codes are 0 */
 } Coding;
 
 static INLINE Coding coding_of(const float *restrict exp_avg, const float *restrict exp_avg_sq, int64_t n)
 {
-    /* Bit patterns of positive floats sort like the floats, and NaN above them all. */
+    /* Bit patterns of positive floats sort like the floats, with NaN above them all. */
     int32_t largest = 0, high = 0;
-    uint32_t below = UINT32_MAX; /* one less than the smallest positive pattern: the one below 0 is the largest */
+    uint32_t below = UINT32_MAX; /* one less than the smallest positive pattern; for 0 it wraps to the largest */
     for (int64_t i = 0; i < n; i++) {
         const int32_t avg_bits = as_bits(exp_avg[i]) & 0x7fffffff, sq_bits = as_bits(exp_avg_sq[i]) & 0x7fffffff;
         largest = avg_bits > largest ? avg_bits : largest;
@@ -183,7 +183,7 @@ static INLINE void write_codes(int8_t *restrict avg_codes, uint8_t *restrict sq_
 {
     const Coding c = *coding;
     const float offset = dither(step), offset_from_1 = 1 + offset;
-    int32_t wide_avg_codes[BLOCK] ALIGNED, wide_sq_codes[BLOCK] ALIGNED; /* narrowed afterwards: that vectorizes better */
+    int32_t wide_avg_codes[BLOCK] ALIGNED, wide_sq_codes[BLOCK] ALIGNED; /* narrowing afterwards vectorizes better */
     for (int64_t i = 0; i < n; i++) {
         const uint32_t bits = as_bits(exp_avg[i]), sign = bits & 0x80000000;
         const float root = sqrtf(as_float(bits & c.magnitude)) * c.codes_per_root;
@@ -201,7 +201,7 @@ static INLINE void write_codes(int8_t *restrict avg_codes, uint8_t *restrict sq_
         sq_codes[i] = (uint8_t)wide_sq_codes[i];
 }
 
-/* ---- 16-bit weights with a correction of 8 or 16 bits: from and to float ---- */
+/* ---- conversion between float and 16-bit weights with a correction of 8 or 16 bits ---- */
 
 static INLINE void add_bfloat16_corrections(float *restrict weights, const void *restrict corrections, int bits,
                                             int64_t n)
@@ -264,7 +264,7 @@ static INLINE void write_float16_corrections(void *restrict corrections, int bit
     for (int64_t i = 0; i < n; i++) {
         const float position = (weights[i] - params[i]) / float16_unit(params[i]) * shares;
         const float rounded = floorf(position + offset);
-        const float correction = rounded == rounded ? rounded : 0; /* NaN where it is not finite in float16 */
+        const float correction = rounded == rounded ? rounded : 0; /* NaN if not finite in float16 */
         if (bits == 8)
             of_8_bits[i] = (int8_t)correction;
         else

@@ -1,4 +1,4 @@
-/* The update of hf_dualadam/functional.py in its names and order. dual_update.c includes this file twice, with
+/* The update of hf_dualadam/functional.py, with its names and order. dual_update.c includes this file twice, with
  *   REAL            float or double
  *   SQRT            its square root
  *   NAME(function)  the function's name for this type
@@ -62,15 +62,16 @@ static INLINE void NAME(update)(REAL *params, const REAL *grads, REAL *exp_avgs,
         NAME(update_elements)(params, grads, exp_avgs, exp_avg_sqs, n, scalars, 0);
 }
 
-/* Of one lane of a block. */
+/* The sum over one lane of a block. */
 static INLINE double NAME(sum_of_squares)(const REAL *x)
 {
     const double a = x[0], b = x[LANES], c = x[2 * LANES], d = x[3 * LANES];
     return a * a + b * b + (c * c + d * d);
 }
 
-/* Adds the squares of m/d and of m*d of n elements, at most BLOCK; stores their m and v if `store`. They are added up
- * in lanes, so that vectors are used and the order is the same for every instruction set and number of threads. */
+/* Adds the squares of m/d and of m*d of n elements, at most BLOCK, to `squares`; with `store`, stores their m and v.
+ * There is one sum per lane, so that the loop is vectorized and the order of the additions is the same for every
+ * instruction set and number of threads. */
 static INLINE void NAME(norms)(const REAL *restrict grads, REAL *restrict exp_avgs, REAL *restrict exp_avg_sqs,
                                int64_t n, const StepScalars *scalars, int store, Squares *restrict squares)
 {

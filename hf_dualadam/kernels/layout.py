@@ -11,14 +11,14 @@ from torch.autograd.graph import increment_version
 
 from ..states import local_tensor
 
-# (param, grad, exp_avg, exp_avg_sq, step): what a kernel reads and writes of one parameter.
+# (param, grad, exp_avg, exp_avg_sq, step): what a kernel reads and writes for one parameter.
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def operands(param: Tensor, grad: Tensor, state: dict[str, Any]) -> Operands | None:
-    """The tensors that hold the numbers: of DTensors, this process's shards; None for other subclasses of Tensor."""
+    """The plain tensors to work on: for DTensors, this process's shards; None for other subclasses of Tensor."""
     exp_avg, exp_avg_sq, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
     if type(param) in _PLAIN and type(grad) in _PLAIN:
         return param, grad, exp_avg, exp_avg_sq, step
@@ -35,17 +35,17 @@ def operands(param: Tensor, grad: Tensor, state: dict[str, Any]) -> Operands | N
 
 
 def is_sharded(param: Tensor) -> bool:
-    """Whether this is a DTensor, told by its method, since its module is slow to import."""
+    """Whether this is a DTensor. Checks for the method, since its module is slow to import."""
     return hasattr(type(param), "to_local")
 
 
 def addresses_of(tensors: Iterable[Tensor]) -> list[int]:
-    """Where in memory tensors begin."""
+    """The memory addresses of tensors."""
     return [*map(Tensor.data_ptr, tensors)]
 
 
 def can_sum_over_shards(param: Tensor) -> bool:
-    """Whether :func:`sum_over_shards` knows how a parameter is distributed; plain tensors are whole."""
+    """Whether :func:`sum_over_shards` supports the placements of a parameter; it always supports plain tensors."""
     placements = getattr(param, "placements", ())
     return all(placement.is_shard() or placement.is_replicate() for placement in placements)
 
@@ -53,11 +53,11 @@ def can_sum_over_shards(param: Tensor) -> bool:
 def sum_over_shards(sums: Tensor, params: list[Tensor]) -> None:
     """Add up numbers over the processes that hold shards of a parameter: one reduction for all parameters.
 
-    Every process calls this with the same parameters in the same order, also where its shards are empty.
+    Every process must call this with the same parameters in the same order, even if its shards are empty.
 
     Args:
-        sums: one row per parameter, in place.
-        params: the parameters; those that are no DTensors, or are replicated, keep their row.
+        sums: one row per parameter, changed in place.
+        params: the parameters; the rows of plain and of replicated ones do not change.
     """
     rows: dict[Any, list[int]] = {}
     for row, param in enumerate(params):
@@ -74,20 +74,20 @@ def sum_over_shards(sums: Tensor, params: list[Tensor]) -> None:
 def same_layout(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, in_logical_order: bool = False
 ) -> bool:
-    """Whether place i in memory is the same element of all four, and no two elements share memory.
+    """Whether all four have the same element at offset i in memory, and no two elements share memory.
 
     Args:
         param: a parameter.
         grad: its gradient.
-        exp_avg: its first moment, or the codes of it.
-        exp_avg_sq: its second moment, or the codes of it.
-        in_logical_order: whether element i has to lie at place i, as where blocks of elements share a scale.
+        exp_avg: its first moment, or the codes of that.
+        exp_avg_sq: its second moment, or the codes of that.
+        in_logical_order: whether element i has to be at offset i, as required if blocks of elements share a scale.
             Default False.
 
     Returns:
-        Whether all of this holds.
+        Whether all of this is true.
     """
-    if grad.is_neg():  # the numbers in memory have the wrong sign
+    if grad.is_neg():  # the numbers in memory have the opposite sign
         return False
     if not param.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
         return False
@@ -101,14 +101,14 @@ def same_layout(
 
 
 def overlapping(addresses: Iterable[int], sizes: Iterable[int]) -> frozenset[int]:
-    """Find the tensors that share memory with another one, which no two threads may update at once.
+    """Find the tensors that share memory with another one: no two threads may update them at once.
 
     Args:
-        addresses: where each tensor begins.
-        sizes: the number of bytes of each.
+        addresses: the address of each tensor.
+        sizes: the size of each tensor, in bytes.
 
     Returns:
-        Their places in the list.
+        Their indices.
     """
     spans = enumerate(zip(addresses, sizes))
     found, reach, last = set(), 0, -1
@@ -121,7 +121,7 @@ def overlapping(addresses: Iterable[int], sizes: Iterable[int]) -> frozenset[int
 
 
 def mark_as_written(params: list[Tensor]) -> None:
-    """Let autograd notice where a tensor that it saved was overwritten."""
+    """Count the write in the tensors' versions, so that autograd detects if it had saved one of them."""
     try:
         increment_version(params)
     except (RuntimeError, TypeError):  # older releases (2.4) take one tensor at a time

@@ -1,7 +1,8 @@
-/* Norms of the parts of the last update of all tensors, from their moments, in one pass over memory; changes nothing.
+/* Norms of the components of the last update, for all tensors, from their moments in one pass over memory. Changes
+ * nothing.
  *
- * The second source of the CPU kernel of hf_dualadam, called by part_norms.py. As in dual_update.c, there is no header
- * of torch or Python, and the entry point of torch's OpenMP runtime is handed over.
+ * The second source of the CPU kernel of hf_dualadam, called by part_norms.py. As in dual_update.c, no headers of torch
+ * or Python are used, and the caller passes the entry point of torch's OpenMP runtime.
  */
 #include <math.h>
 #include <stdint.h>
@@ -9,8 +10,8 @@
 #include <string.h>
 
 #define INLINE inline __attribute__((always_inline))
-#define CHUNK 32768 /* elements that one thread takes at a time */
-#define LANES 32    /* partial sums, enough for several vectors; the order is the same for every instruction set */
+#define CHUNK 32768 /* elements per task */
+#define LANES 32    /* partial sums: enough for several vectors, and added in the same order on every processor */
 #define N_NORMS 4
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -19,7 +20,7 @@
 #define CLONES
 #endif
 
-/* The rows that part_norms.py fills, one per tensor. All fields are 8 bytes wide. */
+/* The rows filled in by part_norms.py, one per tensor. All fields are 8 bytes wide. */
 typedef struct {
     const void *param, *exp_avg, *exp_avg_sq;
     int64_t numel, dtype;       /* of all three: 0 float32, 1 float64, 2 bfloat16 */
@@ -77,7 +78,7 @@ static void (*const measures[])(const Row *, int64_t, int64_t, double *) = {
 
 typedef struct {
     const Row *rows;
-    const int64_t *first_tasks;  /* of each row, and behind the last the number of all */
+    const int64_t *first_tasks;  /* the first task of each row, followed by the number of tasks */
     double (*sums)[N_NORMS];     /* one per task, which is a chunk of a tensor */
     int64_t n_rows, next_task;
 } Job;
@@ -103,7 +104,7 @@ static void work(void *data)
 
 /* Writes the squared norms of m/d, m*d, m and the parameter, for each row.
  *   parallel   GOMP_parallel of the OpenMP runtime in use; not called, and may be NULL, if threads is 1
- * Returns 0, or 1 if there was no memory. The number in the name is that of this interface. */
+ * Returns 0, or 1 if it ran out of memory. The number in the name is the version of this interface. */
 int part_norms_1(const Row *rows, int64_t n_rows, double (*squares)[N_NORMS], int threads,
                  void (*parallel)(void (*function)(void *), void *data, unsigned threads, unsigned flags))
 {

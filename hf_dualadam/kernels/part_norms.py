@@ -1,4 +1,4 @@
-"""Norms of the parts of the last update, by one call into ``part_norms.c`` for all tensors on the CPU."""
+"""Norms of the components of the last update: one call of ``part_norms.c`` for all tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def squares(rows: Sequence[tuple[Tensor, Tensor, Tensor, float, float]]) -> list
     parallel = loaded[1]
     threads = torch.get_num_threads() if parallel and os.getpid() == _PROCESS else 1
     if function(fields, len(rows), results, threads, parallel):
-        raise MemoryError("The CPU kernel of hf_dualadam found no memory for its table of tensors.")
+        raise MemoryError("The CPU kernel of hf_dualadam ran out of memory for its table of tensors.")
     return [results[4 * i : 4 * i + 4] for i in range(len(rows))]
 
 
 @functools.cache
 def _function() -> Callable[..., int] | None:
-    """The C function; None where the kernel is missing or older than it."""
+    """The C function; None if the kernel is missing or older than it."""
     if cpu.load() is None:
         return None
     library: Any = ctypes.CDLL(str(Path(__file__).with_name("_dual_update.so")))

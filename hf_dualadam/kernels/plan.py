@@ -1,8 +1,8 @@
-"""The plan of an optimizer's step: made once, checked in every step, and replaced when anything has changed.
+"""The plan of an optimizer's step: made once, checked at every step, and replaced when anything has changed.
 
-A plan knows addresses, shapes and options, but holds no tensor of its optimizer, so it neither keeps memory alive nor
-goes stale unnoticed: each step looks at the parameters, gradients and states as they are then, through maps that run
-in C, and compares what it sees with what the plan was made for.
+A plan records addresses, shapes and options, but holds no tensor of its optimizer, so it does not keep memory alive.
+It cannot go stale unnoticed either: each step compares the current parameters, gradients and states with those that
+the plan was made for, using ``map``, which loops in C.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Item = tuple[Tensor, Tensor, dict[str, Any]]  # parameter, gradient, state
 Batches = list[tuple[Group, list[Item]]]
 
 _PARAMS, _GRAD = operator.itemgetter("params"), operator.attrgetter("grad")
-_BLOCK = 256  # tensors that are looked at together, so that they stay in the cache
-# What a state may hold of a parameter besides, by format: corrections of 16-bit weights, scales of 8-bit moments.
+_BLOCK = 256  # tensors that are checked together, so that they stay in the cache
+# Further entries that a state can have: corrections of 16-bit weights, scales of 8-bit moments.
 _CORRECTION, _SCALES = "weight_correction", ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _DTYPE, _PLACEMENTS = operator.attrgetter("dtype"), operator.attrgetter("placements")
-# The options that decide which path a group takes; the numbers of the formula are read in every step.
+# The options that decide which path a group takes; those of the formula are read at every step.
 _PATH = operator.itemgetter("fused", "foreach", "capturable", "normalize_inverse", "state_bits", "master_weight_bits")
 
 
 class Found(NamedTuple):
-    """The tensors of one part in one step: parameters as the optimizer has them, and their numbers in memory."""
+    """The tensors of one part in one step: the optimizer's parameters, and the plain tensors to work on."""
 
     owners: list[Tensor]
     params: list[Tensor]
@@ -46,11 +46,11 @@ class Member(NamedTuple):
     """A tensor of a part.
 
     Attributes:
-        place: its place among the plan's parameters.
+        place: its index among the plan's parameters.
         group: the index of its group.
         operands: what a kernel reads and writes.
         state: the parameter's state.
-        row: what the kernel's ``prepare`` has found out.
+        row: what the kernel's ``prepare`` returned for it.
     """
 
     place: int
@@ -61,11 +61,11 @@ class Member(NamedTuple):
 
 
 class Part:
-    """Tensors that a kernel updates together. Subclasses say how, in :meth:`run`.
+    """Tensors that a kernel updates together. Subclasses implement :meth:`run`.
 
     Args:
         members: the tensors.
-        sharded: whether the parameters are DTensors, of which the members are shards.
+        sharded: whether the members are shards of DTensors.
         graph_tables: see :class:`Plan`.
     """
 
@@ -81,10 +81,10 @@ class Part:
         self.addresses = [array("q", addresses_of(tensors)) for tensors in (params, exp_avgs, exp_avg_sqs, steps)]
         self._grad_addresses = addresses_of(grads)
         self.graph_tables = graph_tables
-        self._seen: list[Any] = []  # by the first look, block by block
+        self._seen: list[Any] = []  # what the first look has seen, by block
 
     def look(self, params: list[Tensor], state: dict[Tensor, Any]) -> Found | None:
-        """The tensors as they are now, if they still are what this part was made for.
+        """The current tensors, or None if they are no longer those that this part was made for.
 
         Args:
             params: the plan's parameters.
@@ -103,14 +103,14 @@ class Part:
             shards += own_shards
             grads += own_grads
             addresses += addresses_of(own_grads)
-        if addresses != self._grad_addresses:  # no two devices have the same
+        if addresses != self._grad_addresses:  # equal addresses are on the same device
             if [*map(Tensor.get_device, grads)] != [*map(Tensor.get_device, shards)]:
                 return None
             self._grad_addresses = addresses
         return Found(owners, shards, grads, self._grad_addresses)
 
     def _look_at(self, owners: list[Tensor], state: dict[Tensor, Any]) -> tuple[list[Any], list[Tensor], list[Tensor]]:
-        """What must not have changed of some parameters, what holds their numbers, and what holds their gradients'."""
+        """What must not change about some parameters, and the plain tensors of these and of their gradients."""
         grads = [*map(_GRAD, owners)]
         states = [*map(state.__getitem__, owners)]
         columns = [[*map(operator.itemgetter(name), states)] for name in self._names]
@@ -140,7 +140,7 @@ class Part:
 
 
 class Kernel(Protocol):
-    """What a plan asks of a module with a kernel."""
+    """The interface of a module with a kernel, as a plan uses it."""
 
     Part: type[Part]
 
@@ -148,14 +148,14 @@ class Kernel(Protocol):
         """Whether the parameter is on a device of this kernel."""
 
     def prepare(self, item: Item, tensors: Operands, group: Group) -> tuple[Hashable, Any] | None:
-        """A key that tensors share which one part can update, and what the part needs to know of this one.
+        """A key, equal for tensors that can be in the same part, and what the part needs to know about this one.
 
-        None for tensors that the kernel cannot update.
+        None if the kernel cannot update the tensor.
         """
 
 
 class Step(NamedTuple):
-    """What there is to do in one step: the tensors of each part, and the items of no part, by group."""
+    """The work of one step: the tensors of each part, and the items that are in no part, by group."""
 
     found: list[Found]
     left: Batches
@@ -165,7 +165,7 @@ class Plan:
     """One step of an optimizer: parts for kernels, and the rest.
 
     Args:
-        batches: per parameter group all its (param, grad, state) items, the states complete.
+        batches: each parameter group with all its (param, grad, state) items; the states are complete.
         kernels: the modules with a kernel.
         graph_tables: tables that captured graphs read, which outlive the plan.
     """
@@ -178,11 +178,12 @@ class Plan:
         self._param_ids = [*map(id, params)]
         self._idle = [place for place, param in enumerate(params) if param.grad is None]
         self._kernels = list(kernels)
-        self._dead: list[Any] = []  # weak references whose tensors are gone; until then, ids are unique
+        self._dead: list[Any] = []  # weak references to freed tensors; while it is empty, ids are unique
         self._alive: list[Any] = []
-        self._others: dict[int, list[int]] = defaultdict(list)  # places, by group, of tensors without a kernel
-        self._shared: dict[int, list[int]] = defaultdict(list)  # of those that share memory, to be updated one by one
-        self._left: dict[int, list[int]] = defaultdict(list)  # of those that a kernel cannot take as they are now
+        # Places of tensors in no part, by group:
+        self._others: dict[int, list[int]] = defaultdict(list)  # there is no kernel for their device
+        self._shared: dict[int, list[int]] = defaultdict(list)  # they share memory, so they are updated one by one
+        self._left: dict[int, list[int]] = defaultdict(list)  # the kernel cannot take them in their present form
 
         places = {id(param): place for place, param in enumerate(params)}
         parts: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
@@ -208,7 +209,7 @@ class Plan:
         ]
 
     def look(self, groups: list[Group], state: dict[Tensor, Any], collect: Callable[..., list[Item]]) -> Step | None:
-        """Look at everything that could have changed.
+        """Check everything that could have changed.
 
         Args:
             groups: the optimizer's parameter groups.
@@ -216,7 +217,7 @@ class Plan:
             collect: ``collect(group, params)`` completes the states and returns the items of params with a gradient.
 
         Returns:
-            What there is to do, or None if the plan does not fit any longer.
+            The work of this step, or None if the plan no longer fits.
         """
         if self._dead or [*map(_PATH, groups)] != self._paths:
             return None
@@ -237,7 +238,7 @@ class Plan:
             KeyError,
             TypeError,
             RuntimeError,
-        ):  # part of a state is missing or no tensor, a gradient is sparse
+        ):  # an entry of a state is missing or not a tensor, or a gradient is sparse
             return None
         left = [(group, collect(group, group["params"])) for i, group in enumerate(groups) if i not in self._fused]
         for places in (self._others, self._shared, self._left):
@@ -270,7 +271,7 @@ class Plan:
         return _prepare(self._kernel_of(item[0]), item, group)[1] is not None
 
     def _take_out_shared_memory(self, parts: dict[tuple[Any, ...], list[Member]]) -> None:
-        """No two threads may update the same memory at once."""
+        """Remove tensors that share memory from the parts: no two threads may update the same memory at once."""
         members = [*chain.from_iterable(parts.values())]
         params = [member.operands[0] for member in members]
         sizes = [param.numel() * param.element_size() for param in params]
@@ -288,7 +289,7 @@ def allows_kernels(group: Group) -> bool:
 
 
 def _picker(places: list[int]) -> Callable[[list[Any]], list[Any]]:
-    """A function that picks the values at some places; most parts take all, in order or in reverse."""
+    """A function that picks the values at some places; most parts take all of them, in order or reversed."""
     n = len(places)
     for whole in (slice(None), slice(None, None, -1)):
         if [*range(n)][whole] == places:

@@ -1,7 +1,8 @@
-"""The tables that tell the CUDA kernels where tensors are and what to compute: numbers of their columns.
+"""Columns of the tables that tell the CUDA kernels where tensors are and what to compute.
 
-In a module of their own, since Triton compares globals of a kernel's module in every launch. It does not look into
-other modules when it decides whether a compiled kernel still fits, so each kernel takes :data:`LAYOUT` as an argument.
+They have a module of their own, since Triton compares the globals of a kernel's module at every launch. It ignores
+other modules when it decides whether a compiled kernel is up to date, so each kernel takes :data:`LAYOUT` as an
+argument.
 """
 
 import zlib
@@ -11,11 +12,11 @@ from triton.language import constexpr
 
 LAYOUT = zlib.crc32(Path(__file__).read_bytes())
 
-CHUNK = constexpr(2048)  # elements of one program
-BLOCK = constexpr(128)  # elements of 8-bit moments that share a scale; of one row
-BLOCKS = constexpr(8)  # of one program; with 16, registers would be spilled
+CHUNK = constexpr(2048)  # elements per program
+BLOCK = constexpr(128)  # elements of 8-bit moments that share a scale, all in one row
+BLOCKS = constexpr(8)  # blocks per program; 16 would spill registers
 
-# Columns of the table of tensors (int64). Addresses of gradients come and go, so they have a list of their own.
+# Columns of the table of tensors (int64). Addresses of gradients change often, so they are in a separate list.
 PARAM = constexpr(0)
 EXP_AVG = constexpr(1)
 EXP_AVG_SQ = constexpr(2)
@@ -25,14 +26,14 @@ FIRST_CHUNK = constexpr(5)  # number of chunks in the tensors before this one
 SCALARS = constexpr(6)  # row in the table of scalars
 OPTIONS = constexpr(7)  # row in the table of options
 N_CHUNKS = constexpr(8)
-ROW = constexpr(9)  # elements behind the first dimension
+ROW = constexpr(9)  # elements per row, that is, of one param[i]
 CORRECTION = constexpr(10)  # of 16-bit weights
 EXP_AVG_SCALE = constexpr(11)  # of 8-bit moments, like the next two
 EXP_AVG_SQ_MIN = constexpr(12)
 EXP_AVG_SQ_MAX = constexpr(13)
 N_COLUMNS = constexpr(14)
 
-# Columns of the table of scalars (``real``): functional.StepScalars, and what float32 could not subtract from 1.
+# Columns of the table of scalars (``real``): functional.StepScalars, and 1 - beta, which float32 would round.
 BETA1 = constexpr(0)
 REST1 = constexpr(1)  # 1 - beta1
 BETA2 = constexpr(2)
