@@ -1,5 +1,6 @@
 """Load examples from files, a folder, an installed package or the Hub, and check them before training."""
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from datasets.exceptions import DatasetsError
 from .config import InputError
 from .embedded import PREFIX, load_embedded
 from .tables import EXTENSIONS, Table, read_split, read_table
+
+logger = logging.getLogger(__name__)
 
 # Subsets and held-out splits are the same in every run; `seed` affects only training.
 SAMPLE_SEED = 0
@@ -55,6 +58,7 @@ class DataArguments:
                 raise InputError(f"{name}: no such {'folder' if name == 'data_dir' else 'file'}: {path}")
         if len(self.sources) > 1:
             raise InputError(f"{' and '.join(self.sources)}: set only one source of examples")
+        warn_of_same_source(self.files, "file")
 
     @property
     def sources(self) -> list[str]:
@@ -71,6 +75,19 @@ class DataArguments:
         """The files given as options, by split."""
         given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
         return {split: path for split, path in given.items() if path}
+
+
+def warn_of_same_source(paths: dict[str, str], kind: str) -> None:
+    """Log a warning if training and held-out examples come from one file or folder.
+
+    Args:
+        paths: the files or folders by split.
+        kind: ending of the options, "file" or "dir".
+    """
+    if {"train", "validation"} <= set(paths) and Path(paths["train"]).samefile(paths["validation"]):
+        logger.warning(
+            f"train_{kind} and validation_{kind}: both are {paths['train']}, so nothing is held out from training"
+        )
 
 
 def load_tables(

@@ -21,7 +21,7 @@ from .config import InputError
 from .data import DataArguments
 from .embedded import MINILM, resolve_model
 from .exact_loss import ClassifierTrainer
-from .metrics import LocalMetric, compute_metrics_for, majority_baseline
+from .metrics import COMBINED, LocalMetric, compute_metrics_for, majority_baseline
 from .models import (
     ModelArguments,
     load_config,
@@ -166,6 +166,7 @@ def build(
         predict_datasets=unseen,
         compute_metrics=compute_metrics_for(metric, combined=task.combined),
         main_metric=task.metrics[0],
+        metric_names=(*task.metrics, COMBINED) if task.combined and len(task.metrics) > 1 else task.metrics,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if half else None),
         processing_class=tokenizer,
         label_names=list(classes) or None,

@@ -24,7 +24,7 @@ from transformers import (
 
 from . import data, labels
 from .config import InputError
-from .data import DataArguments
+from .data import DataArguments, warn_of_same_source
 from .exact_loss import ClassifierTrainer
 from .image_folders import FoundImages, read_split_folder, refuse_shared, split_folders
 from .image_transform import ImageTransform, ImageView, eight_bits
@@ -83,13 +83,15 @@ class ImageArguments(DataArguments):
         for split, folder in self.folders.items():
             if not Path(folder).is_dir():
                 raise InputError(f"{split}_dir: no such folder: {folder}")
+        warn_of_same_source(self.folders, "dir")
+        if self.eval_split == "train":
+            logger.warning("eval_split: train, so nothing is held out from training")
         if self.eval_split in SPLIT_NAMES["validation"]:
             self.eval_split = "validation"
         if not 0 < self.train_val_split < 1:
             raise InputError(f"train_val_split: {self.train_val_split} is out of range; should be between 0 and 1")
         if not 0 < self.crop_min_scale <= 1:
             raise InputError(f"crop_min_scale: {self.crop_min_scale} is out of range; should be above 0 and at most 1")
-
         if self.image_size is not None and self.image_size < 1:
             raise InputError(f"image_size: {self.image_size} is out of range; should be at least 1")
         if self.crop_padding < 0:

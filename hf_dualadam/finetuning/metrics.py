@@ -78,6 +78,9 @@ class LocalMetric(evaluate.Metric):
         return {name: FUNCTIONS[name](predictions, references) for name in self.names}
 
 
+COMBINED = "combined_score"
+
+
 def compute_metrics_for(metric: LocalMetric, *, combined: bool = True) -> Callable[[EvalPrediction], dict[str, float]]:
     """Trainer's ``compute_metrics``: the metric of the most likely classes, or of the outputs themselves.
 
@@ -91,7 +94,7 @@ def compute_metrics_for(metric: LocalMetric, *, combined: bool = True) -> Callab
         predictions = logits.reshape(-1) if SCORES & set(metric.names) else logits.argmax(axis=-1)
         results = metric.compute(predictions=predictions, references=evaluation.label_ids)
         if combined and len(results) > 1:
-            results["combined_score"] = float(np.mean(list(results.values())))
+            results[COMBINED] = float(np.mean(list(results.values())))
         return results
 
     return compute_metrics

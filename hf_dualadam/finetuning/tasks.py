@@ -36,6 +36,7 @@ class Task:
         predict_datasets: examples to predict, by suffix, with labels or without.
         compute_metrics: Trainer's: maps an EvalPrediction to metrics by name.
         main_metric: the metric that plots and tables show.
+        metric_names: all metrics, if there are more than the loss and ``main_metric``.
         greater_is_better: whether higher values of ``main_metric`` are better.
         data_collator: Trainer's.
         processing_class: the tokenizer or image processor saved with the model.
@@ -55,6 +56,7 @@ class Task:
     eval_datasets: dict[str, Any]
     compute_metrics: Callable[[Any], dict[str, float]] | None
     main_metric: str
+    metric_names: tuple[str, ...] = ()
     greater_is_better: bool = True
     predict_datasets: dict[str, Any] = field(default_factory=dict)
     data_collator: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None

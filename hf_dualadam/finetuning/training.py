@@ -97,8 +97,7 @@ class _Start(TrainerCallback):
         except InputError:
             raise
         except Exception as error:  # of many types, depending on the argument
-            wrong_metric = "metric_for_best_model" in str(error)  # detected at the first evaluation
-            if (self.begun and not wrong_metric) or _of_the_machine(error):
+            if self.begun or _of_the_machine(error):
                 raise
             raise InputError(f"{error}") from error
 
@@ -181,9 +180,11 @@ def run(
         print_logs: if False, Trainer does not print its logs when the progress bar is disabled.
 
     Raises:
-        InputError: the output folder holds another run, there is no checkpoint to resume from or it is of another
-            model, or Trainer cannot start with these arguments.
+        InputError: ``args.metric_for_best_model`` is not a metric of the task, the output folder holds another run,
+            there is no checkpoint to resume from or it is of another model, or Trainer cannot start with these
+            arguments.
     """
+    _check_metric(task, args)
     checkpoint = check_output_dir(args, overwrite_output_dir)
     metrics: dict[str, float] = {}
     with _Start(args, Path(args.output_dir) if overwrite_output_dir and checkpoint is None else None) as start:
@@ -245,6 +246,14 @@ def make_trainer(
         **task.trainer_kwargs,
         **kwargs,
     )
+
+
+def _check_metric(task: Task, args: TrainingArguments) -> None:
+    """Trainer would look for the metric only after the first evaluation."""
+    names = dict.fromkeys(("loss", task.main_metric, *task.metric_names))
+    best = args.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in names:
+        raise InputError(f"metric_for_best_model: {best!r} - should be one of {', '.join(names)}")
 
 
 def check_output_dir(args: TrainingArguments, overwrite_output_dir: bool = False) -> str | None:

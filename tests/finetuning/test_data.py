@@ -352,6 +352,17 @@ def test_sources_are_named_once(tmp_path):
         data.load_hub(str(tmp_path))
 
 
+def test_evaluating_on_the_training_file_is_said(tmp_path, caplog):
+    path = write_rows(tmp_path / "train.csv", ROWS)
+    (tmp_path / "link.csv").symlink_to(path)
+    for other in (path, tmp_path / "link.csv"):
+        DataArguments(train_file=str(path), validation_file=str(other))
+        assert f"train_file and validation_file: both are {path}, so nothing is held out" in caplog.text
+        caplog.clear()
+    DataArguments(train_file=str(path), test_file=str(path))
+    assert not caplog.text
+
+
 def test_missing_paths_and_bad_counts_are_refused(tmp_path):
     for options in ({"data_dir": "no/such"}, {"train_file": "no/such.csv"}, {"max_train_samples": 0}):
         with pytest.raises(InputError, match=next(iter(options))):

@@ -257,6 +257,8 @@ def test_any_text_file_trains_or_is_refused_in_one_line(bert, train, held_out, k
         ("log_level: nope", "log_level: 'nope' is not one of"),
         ("report_to: [nope]", "nope is not supported"),
         ("save_strategy: best", "metric_for_best_model"),
+        ("metric_for_best_model: f1", "metric_for_best_model: 'f1' - should be one of loss, accuracy"),
+        ("metric_for_best_model: eval_runtime", "should be one of loss, accuracy"),
         ("batch_eval_metrics: true", "batch_eval_metrics"),
         ("torch_compile_backend: nope", "'NOPE' is not a valid"),
         ("accelerator_config: nope.json", "nope.json"),

@@ -205,6 +205,13 @@ def test_sources_are_named_once(tmp_path):
         images.ImageArguments(data_dir=str(tmp_path), train_dir=str(tmp_path))
 
 
+def test_evaluating_on_training_images_is_said(tmp_path, caplog):
+    images.ImageArguments(train_dir=str(tmp_path), validation_dir=str(tmp_path))
+    assert f"train_dir and validation_dir: both are {tmp_path}, so nothing is held out" in caplog.text
+    images.ImageArguments(data_dir=str(tmp_path), eval_split="train")
+    assert "eval_split: train, so nothing is held out" in caplog.text
+
+
 @pytest.mark.parametrize("ending", ["png", "tiff"])
 def test_sixteen_bits_are_scaled(tmp_path, ending):
     values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
