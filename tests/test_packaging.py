@@ -25,6 +25,7 @@ SCRIPTS = {
     "compare_optimizers": "compare",
     "escape_time": "finetune",
     "measure_sharpness": "compare",
+    "plot_differences": "compare",
     "plot_state_codes": "finetune",
     "run_clm": "clm",
     "run_glue": "finetune",

@@ -96,17 +96,13 @@ def draw_all(
     if any(differences.values()):
         caption = "Difference to each reference, paired by seed: mean and 95 % interval; right of 0 is better."
         panels = {
-            f"{task}: to {reference}": ([d for pair, d in of_task.items() if pair[1] == reference], task)
+            f"{task}: to {reference}": {
+                d.optimizer: (d, metrics[task]) for d in of_task.values() if d.reference == reference
+            }
             for task, of_task in differences.items()
             for reference in dict.fromkeys(pair[1] for pair in of_task)
         }
-        _panels(
-            folder / "differences.png",
-            caption,
-            panels,
-            lambda axes, title, found: _forest(axes, found, metrics[panels[title][1]]),
-            height=max(2.6, 0.32 * max(len(found) for found, _ in panels.values()) + 1.2),
-        )
+        draw_differences(folder / "differences.png", caption, panels)
         captions["differences.png"] = caption
     rows(
         "gap_metric.png",
@@ -159,6 +155,23 @@ def draw_all(
         ),
     )
     return captions
+
+
+def draw_differences(path: Path, caption: str, panels: Mapping[str, Mapping[str, tuple[Difference, Metric]]]) -> None:
+    """Draw means and 95 % intervals of differences, one row each, with a line at 0.
+
+    Args:
+        path: path of the PNG file.
+        caption: caption of the figure.
+        panels: by title, the rows of a panel by name: a difference and its metric.
+    """
+    _panels(
+        path,
+        caption,
+        {title: (rows, "") for title, rows in panels.items()},
+        _forest,
+        height=max(2.6, 0.32 * max(map(len, panels.values())) + 1.2),
+    )
 
 
 class _Style:
@@ -250,12 +263,11 @@ class _Style:
         axes.grid(alpha=0.3)
 
 
-def _forest(axes: Axes, differences: list[Difference], metric: Metric) -> None:
-    """One bar per difference, and a line at 0."""
+def _forest(axes: Axes, title: str, rows: Mapping[str, tuple[Difference, Metric]]) -> None:
     axes.axvline(0, color="0.6", linewidth=1, zorder=0)
-    for row, difference in enumerate(differences):
+    for row, (difference, metric) in enumerate(rows.values()):
         _bar(axes, row, *(metric.scale * value for value in (difference.mean, difference.low, difference.high)))
-    _name_rows(axes, [difference.optimizer for difference in differences], f"difference [{metric.unit}]")
+    _name_rows(axes, list(rows), f"difference [{' or '.join(dict.fromkeys(m.unit for _, m in rows.values()))}]")
 
 
 def _bar(axes: Axes, row: int, mean: float, low: float, high: float) -> None:

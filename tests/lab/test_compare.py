@@ -1,5 +1,6 @@
 """Comparisons: equal terms, runs shared between workers that may die, statistics, and a complete report."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -35,6 +36,7 @@ from hf_dualadam.lab.study import Study, chosen_learning_rate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import compare_optimizers
+import plot_differences
 
 VIT = dict(model_type="vit", image_size=8, patch_size=4, num_channels=1, hidden_size=8)
 VIT |= dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
@@ -492,6 +494,35 @@ def test_a_second_start_repeats_nothing_and_report_only_rebuilds(finished, monke
     (finished / "out" / "report.md").unlink()
     compare_optimizers.main(["--report_only", "--output_dir", str(finished / "out")])
     assert (finished / "out" / "report.md").exists()
+
+
+def test_differences_of_several_comparisons_share_a_figure(tmp_path, capsys):
+    rows = [
+        {"task": "digits", "role": "final", "optimizer": name, "seed": seed, "heldout_metric": score}
+        for name, scores in {"adamw": (0.90, 0.91), "sam": (0.91, 0.94)}.items()
+        for seed, score in enumerate(scores)
+    ]
+    for task in ("digits", "letters"):
+        (tmp_path / task).mkdir()
+        pd.DataFrame(rows).assign(task=task).to_csv(tmp_path / task / "results.csv", index=False)
+        metric = {"name": "accuracy", "greater_is_better": True}
+        (tmp_path / task / "study.json").write_text(json.dumps({"metrics": {task: metric}}))
+    figure, folders = tmp_path / "figure.png", [str(tmp_path / "digits"), str(tmp_path / "letters")]
+    plot_differences.main([*folders, "--pairs", "sam:adamw", "nadam:adamw", "--output", str(figure)])
+    printed = capsys.readouterr().out
+    assert "sam against adamw" in printed and "nadam" not in printed  # it was not run
+    for task in ("digits", "letters"):
+        assert f"- {task}, 2 seeds: within 8.31 points of adamw with 95 % confidence (+2.00 points" in printed
+    assert figure.stat().st_size > 5000
+    for folder, pair, message in (
+        (tmp_path, "sam:adamw", "results.csv: no such file"),
+        (folders[0], "sam", "'sam' should be two names A:B"),
+        (folders[0], "nadam:adamw", "no task has two seeds"),
+    ):
+        with pytest.raises(SystemExit):
+            plot_differences.main([str(folder), "--pairs", pair, "--output", str(tmp_path / "none.png")])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_report_only_without_results_is_refused(tmp_path):
