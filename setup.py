@@ -55,7 +55,7 @@ SOURCES_CHECKSUM = zlib.crc32(b"".join((HERE / path).read_bytes() for path in KE
 
 KERNEL = Extension(
     "hf_dualadam.kernels._dual_update",
-    [*KERNEL_SOURCES[:1], "hf_dualadam/kernels/part_norms.c"],
+    KERNEL_SOURCES[:1],
     depends=KERNEL_SOURCES[1:],
     # With it kernels/cpu.py recognizes a kernel that was built from other sources.
     define_macros=[("SOURCES_CHECKSUM", f"{SOURCES_CHECKSUM}u")],

@@ -46,7 +46,6 @@ ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "initial_lr", "maximize")
 # The arguments of step_scalars, apart from lr.
 _SCALAR_OPTIONS = "betas eps weight_decay switch_rate inverse_scale normalize_inverse maximize".split()
 MAX_COUNT = 2**24  # the largest step count: float32 cannot count further
-MAX_PLANS = 1024  # of steps by the kernels: one of all parameters, and one of each set in gradient release
 MAX_COPIED = 2**22  # elements that the foreach path copies to float32 at a time
 
 
@@ -282,32 +281,22 @@ class MomentOptimizer(Optimizer):
 
     def _step(self, groups: list[Group]) -> None:
         with_kernels = self.rule.kernel and not torch.compiler.is_compiling()
-        for group, items in self._run_kernels(groups) if with_kernels else self._batches(groups):
+        batches = self._run_kernels(groups) if with_kernels else kernels.collect_all(groups, self._collect)
+        for group, items in batches:
             self._update(group, items)
 
     def _run_kernels(self, groups: list[Group]) -> kernels.Batches:
         """Count the step and update whatever a kernel can take; returns the rest."""
-        plans = self.__dict__.setdefault("_plans", {})
         key = None if groups is self.param_groups else tuple(map(id, groups[0]["params"]))
-        plan, looked_at = plans.get(key), (groups, self.state, self._collect)
-        step = plan.look(*looked_at) if plan else None
-        if step is None:
-            batches = self._batches(groups)
-            plan = kernels.make_plan(batches, self.__dict__.setdefault("_graph_tables", {}))
-            if len(plans) > MAX_PLANS:
-                plans.clear()
-            plans[key] = plan
-            step = plan.look(*looked_at)
-            if step is None:
-                return batches
+        plans, graph_tables = (self.__dict__.setdefault(name, {}) for name in ("_plans", "_graph_tables"))
+        plan, step = kernels.planned(
+            plans, key, groups, self.state, self._collect, lambda batches: kernels.make_plan(batches, graph_tables)
+        )
         plan.run(step, groups)
         return step.left
 
     def _drop_plans(self) -> None:
         self.__dict__.pop("_plans", None)
-
-    def _batches(self, groups: list[Group]) -> kernels.Batches:
-        return [(group, self._collect(group, group["params"])) for group in groups]
 
     def _collect(self, group: Group, params: Iterable[Tensor]) -> list[Item]:
         """Parameter, gradient and state of each parameter with a gradient; completes the states."""

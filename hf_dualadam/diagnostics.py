@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .functional import StepScalars, component_norms, step_scalars
-from .kernels import part_norms
+from . import kernels
+from .base import MAX_COUNT
+from .functional import StepScalars, component_norms, norm_ratio, step_scalars
+from .kernels.cpu import SCALE
+from .kernels.layout import is_sharded, sum_over_shards
 from .optimizers import DualAdam
 from .states import HALF_DTYPES, format_of, local_tensor
 
 _OPTIONS = ("betas", "eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
 # Elements per block without the kernel; on a CPU, few enough to stay in a core's cache.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**14, 2**24
-# Sums of float32 squares are accurate for root mean squares between these bounds. d is scaled by _SCALE, so that both
+# Sums of float32 squares are accurate for root mean squares between these bounds. d is scaled by SCALE, so that both
 # m/d (about 1) and m*d (down to 1e-25, for gradients of 3e-13) are within them; others are summed in float64.
-_SMALLEST_RMS, _LARGEST_RMS, _SCALE = 1e-16, 1e16, 2.0**30
+_SMALLEST_RMS, _LARGEST_RMS = 1e-16, 1e16
+_SCALES = torch.tensor([SCALE**2, SCALE**-2, 1, 1], dtype=torch.float64)  # of sums of squares
+_plans: weakref.WeakKeyDictionary[DualAdam, dict[Any, kernels.Plan]] = weakref.WeakKeyDictionary()
 
 
 class InverseStatistics(NamedTuple):
@@ -45,7 +49,8 @@ class InverseStatistics(NamedTuple):
 def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> InverseStatistics | None:
     """Measure the last step of ``optimizer`` from its moments.
 
-    Reads the state once, in blocks, and waits for the device once; it takes about as long as an optimizer step.
+    Reads the state once and takes at most about as long as an optimizer step. Waits for a device once, or twice with
+    ``capturable``, since the step counts are there too.
     Sharded tensors (DTensor) are measured whole, so every process has to call it.
 
     Args:
@@ -56,146 +61,177 @@ def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> Invers
     Returns:
         The statistics, or None before the first step.
     """
-    measured = [_Parameter(param, group, optimizer.state[param]) for param, group in _updated(optimizer)]
-    if not measured:
+    measured = _measure(optimizer)
+    if not measured.params:
         return None
-    sums = torch.zeros(6, dtype=torch.float64)
-    for parameter, squares in zip(measured, _squares(measured)):
-        sums += parameter.parts(*squares)
+    sums = measured.parts().sum(1)
     if partitioned:
         sums = _added_up(sums)
     adam, inverse, weighted, whole, moved, size = sums.sqrt().tolist()
     return InverseStatistics(
-        alpha=max((parameter.step, parameter.scalars.alpha) for parameter in measured)[1],
+        alpha=max((step, scalars.alpha) for step, scalars in zip(measured.steps, measured.scalars))[1],
         inverse_share=weighted / whole if whole else 0.0,
         inverse_rms_ratio=inverse / adam if adam else 0.0,
         relative_step=moved / size if size else 0.0,
     )
 
 
-def _updated(optimizer: DualAdam) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.numel() and "step" in optimizer.state.get(param, {}):
-                yield param, group
+class _Measured(NamedTuple):
+    """Parameters and what was measured of them.
 
+    Attributes:
+        params: those that have been updated.
+        rows: of each, its place in the next two lists, which hold each combination of group and step once.
+        steps: step counts.
+        scalars: the scalars of those steps.
+        squares: of each parameter the squared norms of m/d, m*d, m and the parameter, in float64.
+    """
 
-class _Parameter:
-    """A parameter with the moments and scalars of its last step; of a DTensor, this process's shard."""
+    params: list[Tensor]
+    rows: Tensor
+    steps: list[float]
+    scalars: list[StepScalars]
+    squares: Tensor
 
-    def __init__(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        self.param = param
-        self.step = float(state["step"])
-        self.lr = float(group["lr"])
-        options = {name: group[name] for name in _OPTIONS}
-        self.scalars: StepScalars = step_scalars(self.step, lr=self.lr, **options)
-        self._state = state
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The parameter and both moments, as they are stored or decoded."""
-        names = ("exp_avg", "exp_avg_sq")
-        exp_avg, exp_avg_sq = (local_tensor(format_of(self._state, n).decode(self._state, n)) for n in names)
-        return local_tensor(self.param), exp_avg, exp_avg_sq
-
-    def parts(self, adam: float, inverse: float, first: float, size: float) -> Tensor:
-        """Squared norms of this parameter's parts of the update, from those of m/d, m*d, m and the parameter.
+    def parts(self) -> Tensor:
+        """Squared norms of the parts of the update.
 
         Returns:
-            Those of m^/d, m^*d, the weighted inverse part, both weighted parts together, the step, and the parameter.
+            Of each parameter those of m^/d, m^*d, the weighted inverse part, both weighted parts together, the step,
+            and the parameter; shape (6, parameters).
         """
-        s = self.scalars
-        bias1 = 1 - s.beta1**self.step
-        weight = s.inverse_weight
-        if s.normalize_inverse:
-            weight *= math.sqrt(adam / inverse) if inverse else 0.0
+        table = [
+            (s.adam_weight, s.inverse_weight, s.normalize_inverse, s.lr, 1 - s.beta1**step)
+            for s, step in zip(self.scalars, self.steps)
+        ]
+        columns = torch.tensor(table, dtype=torch.float64)[self.rows].unbind(1)
+        adam_weight, inverse_weight, normalized, lr, bias1 = columns
+        adam, inverse, first, size = self.squares.unbind(1)
+        ratio = torch.where(normalized != 0, norm_ratio(adam.sqrt(), inverse.sqrt()), 1.0)
         # The product of both parts is m^2. A part with weight 0 counts as 0, even if it is infinite.
-        weighted = weight**2 * inverse if weight else 0.0
-        whole = weighted + (s.adam_weight**2 * adam if s.adam_weight else 0.0)
-        whole += 2 * weight * s.adam_weight * first if weight and s.adam_weight else 0.0
-        parts = torch.tensor([adam, inverse, weighted, whole, self.lr**2 * whole, size], dtype=torch.float64)
-        parts[:5] /= bias1**2
-        return parts
+        weight = torch.where(inverse_weight == 0, 0.0, inverse_weight * ratio)
+        weighted = torch.where(weight == 0, 0.0, weight**2 * inverse)
+        whole = weighted + torch.where(adam_weight == 0, 0.0, adam_weight**2 * adam)
+        whole += torch.where((weight == 0) | (adam_weight == 0), 0.0, 2 * weight * adam_weight * first)
+        return torch.stack([*(x / bias1**2 for x in (adam, inverse, weighted, whole, lr**2 * whole)), size])
 
 
-def _squares(parameters: list[_Parameter]) -> list[list[float]]:
-    """Squared norms of m/d, m*d, m and the parameter, for each of them."""
-    rows, places, others = [], [], []
-    for place, parameter in enumerate(parameters):
-        tensors, s = parameter.tensors(), parameter.scalars
-        if part_norms.is_supported(*tensors):
-            rows.append((*tensors, s.bias2_rsqrt, s.eps))
-            places.append(place)
-        else:
-            others.append(place)
-    table = torch.zeros(len(parameters), 4, dtype=torch.float64)
-    if rows:
-        table[places] = torch.tensor(part_norms.squares(rows), dtype=torch.float64)
-    if others:
-        table[others] = _squares_in_blocks([parameters[place] for place in others])
-    _add_shards(table, parameters)
-    squares: list[list[float]] = table.tolist()
-    for row, parameter in zip(squares, parameters):
-        means = [square / scale / parameter.param.numel() for square, scale in zip(row, (_SCALE**2, _SCALE**-2, 1))]
-        if not all(_SMALLEST_RMS**2 < mean < _LARGEST_RMS**2 for mean in means):
-            row[:3] = _exact_squares(parameter)
-    return squares
+def _measure(optimizer: DualAdam) -> _Measured:
+    """Measure every parameter that has been updated: by the kernel, or else in blocks."""
+    groups, state = optimizer.param_groups, optimizer.state
+
+    def collect(_: Any, params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        return [(p, p, state[p]) for p in params if p.numel() and "step" in state.get(p, ())]
+
+    plans = _plans.setdefault(optimizer, {})
+    plan, step = kernels.planned(plans, None, groups, state, collect, kernels.make_measuring_plan)
+    params: list[Tensor] = []
+    indices: list[int] = []  # of groups
+    counts: list[Tensor] = []
+    tables: list[Tensor] = []
+    for part, found in zip(plan.parts, step.found):
+        params += found.owners
+        indices += part.groups
+        counts.append(torch.tensor(part.counts()))
+        tables.append(part.last_norms(groups))
+    left = [item for _, items in step.left for item in items]
+    if left:
+        numbers = {id(group): index for index, group in enumerate(groups)}
+        params += [param for param, *_ in left]
+        indices += [numbers[id(group)] for group, items in step.left for _ in items]
+        counts.append(_counts(left))
+    if not params:
+        return _Measured([], torch.zeros(0), [], [], torch.zeros(0, 4))
+    # Group and step as one number, which float64 holds exactly.
+    keys = torch.tensor(indices, dtype=torch.float64) * (2 * MAX_COUNT) + torch.cat(counts)
+    unique, rows = keys.unique(return_inverse=True)
+    steps = (unique % (2 * MAX_COUNT)).tolist()
+    scalars = [_scalars(groups[int(key // (2 * MAX_COUNT))], count) for key, count in zip(unique.tolist(), steps)]
+    if left:
+        tables.append(_squares_in_blocks(left, [scalars[row] for row in rows[-len(left) :].tolist()]))
+    squares = torch.cat(tables).mul_(_SCALES)
+    if any(map(is_sharded, dict(zip(map(type, params), params)).values())):
+        # Every process adds up the same parameters in the same order, whichever of them its kernel could read.
+        places = {id(param): place for place, param in enumerate(params)}
+        order = [places[id(param)] for group in groups for param in group["params"] if id(param) in places]
+        params, rows, squares = [params[i] for i in order], rows[order], squares[order]
+        _add_shards(squares, params)
+    measured = _Measured(params, rows, steps, scalars, squares)
+    _measure_exactly(measured, state)
+    return measured
 
 
-def _squares_in_blocks(parameters: list[_Parameter]) -> Tensor:
-    """The same without the kernel, as a table in float64 on the CPU: of this process's shards."""
+def _counts(items: list[Any]) -> Tensor:
+    """The step counts of parameters, read at once."""
+    home = items[0][2]["step"].device
+    return torch.stack([state["step"].to(home) for *_, state in items]).cpu()
+
+
+def _scalars(group: dict[str, Any], step: float) -> StepScalars:
+    return step_scalars(step, lr=float(group["lr"]), **{name: group[name] for name in _OPTIONS})
+
+
+def _tensors(param: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's shards of the parameter and both moments, as they are stored or decoded."""
+    exp_avg, exp_avg_sq = (format_of(state, name).decode(state, name) for name in ("exp_avg", "exp_avg_sq"))
+    return local_tensor(param), local_tensor(exp_avg), local_tensor(exp_avg_sq)
+
+
+def _squares_in_blocks(items: list[Any], scalars: list[StepScalars]) -> Tensor:
+    """The same as the kernel's ``last_norms`` of some items without the kernel."""
     places, norms, sizes = [], [], []
-    for place, parameter in enumerate(parameters):
-        param, exp_avg, exp_avg_sq = parameter.tensors()
-        sizes.append(torch.linalg.vector_norm(param, dtype=torch.promote_types(param.dtype, torch.float32)))
+    for place, ((param, _, state), own_scalars) in enumerate(zip(items, scalars)):
+        local, exp_avg, exp_avg_sq = _tensors(param, state)
+        sizes.append(torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32)))
         size = _CPU_BLOCK if exp_avg.device.type == "cpu" else _DEVICE_BLOCK
         for block in zip(exp_avg.reshape(-1).split(size), exp_avg_sq.reshape(-1).split(size)):
-            norms.append(_block_norms(*block, parameter.scalars))
+            norms.append(_block_norms(*block, own_scalars))
             places.append(place)
     home = sizes[0].device
     columns = torch.stack([norm.to(home) for norm in norms]).cpu().double()
-    columns[:, 0] *= _SCALE
-    columns[:, 1] /= _SCALE
-    table = torch.zeros(len(parameters), 4, dtype=torch.float64)
+    table = torch.zeros(len(items), 4, dtype=torch.float64)
     table[:, :3].index_add_(0, torch.tensor(places), columns.square())
     table[:, 3] = torch.stack([size.to(home) for size in sizes]).cpu().double().square()
     return table
 
 
 def _block_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
-    """Norms of m/d / _SCALE, m*d * _SCALE and m; shape (3,)."""
+    """Norms of m/d / SCALE, m*d * SCALE and m; shape (3,)."""
     if exp_avg.dtype in HALF_DTYPES:
         exp_avg, exp_avg_sq = exp_avg.float(), exp_avg_sq.float()
-    denom = exp_avg_sq.sqrt().mul_(_SCALE * s.bias2_rsqrt).add_(_SCALE * s.eps)
+    denom = exp_avg_sq.sqrt().mul_(SCALE * s.bias2_rsqrt).add_(SCALE * s.eps)
     adam = exp_avg / denom
     return torch.stack(torch._foreach_norm([adam, denom.mul_(exp_avg), exp_avg]))
 
 
-def _exact_squares(parameter: _Parameter) -> list[float]:
-    """Squared norms of m/d, m*d and m where their sums do not fit float32."""
-    _, exp_avg, exp_avg_sq = parameter.tensors()
+def _measure_exactly(measured: _Measured, state: dict[Tensor, Any]) -> None:
+    """Measure m/d, m*d and m in float64 where sums of float32 squares do not fit."""
+    numels = torch.tensor([*map(Tensor.numel, measured.params)], dtype=torch.float64)
+    means = (measured.squares / _SCALES)[:, :3] / numels.unsqueeze(1)
+    fit = ((means > _SMALLEST_RMS**2) & (means < _LARGEST_RMS**2)).all(1)
+    for row in (~fit).nonzero().flatten().tolist():
+        param, scalars = measured.params[row], measured.scalars[measured.rows[row]]
+        measured.squares[row, :3] = _exact_squares(param, state[param], scalars)
+
+
+def _exact_squares(param: Tensor, state: dict[str, Any], scalars: StepScalars) -> Tensor:
+    _, exp_avg, exp_avg_sq = _tensors(param, state)
     dtype = torch.float32 if exp_avg.device.type == "mps" else torch.float64  # MPS has no float64
     exp_avg, exp_avg_sq = exp_avg.to(dtype), exp_avg_sq.to(dtype)
-    unnormalized = parameter.scalars._replace(normalize_inverse=False)
+    unnormalized = scalars._replace(normalize_inverse=False)
     norms = [*component_norms(exp_avg, exp_avg_sq, unnormalized)[:2], torch.linalg.vector_norm(exp_avg)]
-    table = torch.stack(norms).cpu().double().square().unsqueeze(0)
-    _add_shards(table, [parameter])
-    return table[0].tolist()
+    squares = torch.stack(norms).cpu().double().square().unsqueeze(0)
+    _add_shards(squares, [param])
+    return squares[0]
 
 
-def _add_shards(table: Tensor, parameters: list[_Parameter]) -> None:
-    """Sum the rows of DTensors over the processes that share them; one reduction per kind of placement."""
-    alike: dict[Any, list[int]] = defaultdict(list)
-    for place, parameter in enumerate(parameters):
-        param: Any = parameter.param
-        if hasattr(param, "to_local"):
-            alike[param.device_mesh, tuple(param.placements)].append(place)
-    for (mesh, placements), rows in alike.items():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        sharing = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-        index = torch.tensor(rows, device=table.device)
-        shards = DTensor.from_local(table[index].to(parameters[rows[0]].param.device), mesh, sharing)
-        table[index] = shards.full_tensor().to(table.device)
+def _add_shards(squares: Tensor, params: list[Tensor]) -> None:
+    """Sum the rows of DTensors over the processes that share them, on their device, in place."""
+    for device in dict.fromkeys(param.device for param in params if is_sharded(param)):
+        rows = [row for row, param in enumerate(params) if is_sharded(param) and param.device == device]
+        sums = squares[rows].to(device)
+        sum_over_shards(sums, [params[row] for row in rows])
+        squares[rows] = sums.to(squares.device)
 
 
 def _added_up(sums: Tensor) -> Tensor:

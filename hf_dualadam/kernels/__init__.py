@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor
 
 from . import cpu
 from .plan import Batches as Batches
+from .plan import Group, Item, Step
 from .plan import Plan as Plan
+
+MAX_PLANS = 1024  # of an optimizer's steps: one of all parameters, and one of each set in gradient release
+Collect = Callable[[Group, list[Tensor]], list[Item]]
 
 
 def unavailable_reason(param: Tensor, group: dict[str, Any]) -> str | None:
@@ -39,3 +44,52 @@ def make_plan(batches: Batches, graph_tables: dict[Any, Any]) -> Plan:
     from . import cuda
 
     return Plan(batches, [cuda, cpu], graph_tables)
+
+
+def planned(
+    plans: dict[Hashable, Plan],
+    key: Hashable,
+    groups: list[Group],
+    state: dict[Tensor, Any],
+    collect: Collect,
+    make: Callable[[Batches], Plan],
+) -> tuple[Plan, Step]:
+    """Find a plan that fits as things are now, or make one.
+
+    Args:
+        plans: where plans are kept.
+        key: which of them is wanted.
+        groups: an optimizer's parameter groups.
+        state: its state.
+        collect: ``collect(group, params)`` returns (param, grad, state) of those params that take part.
+        make: makes a plan from what has been collected.
+
+    Returns:
+        The plan, and what it has found.
+    """
+    plan = plans.get(key)
+    step = plan.look(groups, state, collect) if plan else None
+    if plan is None or step is None:
+        batches = collect_all(groups, collect)
+        if len(plans) > MAX_PLANS:
+            plans.clear()
+        plans[key] = plan = make(batches)
+        step = plan.look(groups, state, collect) or Step([], batches)
+    return plan, step
+
+
+def collect_all(groups: list[Group], collect: Collect) -> Batches:
+    """What all groups contribute; see :func:`planned`."""
+    return [(group, collect(group, group["params"])) for group in groups]
+
+
+def make_measuring_plan(batches: Batches) -> Plan:
+    """Plan measurements of the last step, which only the CPU kernel makes.
+
+    Args:
+        batches: per parameter group its options and the (param, param, state) items of all updated parameters.
+
+    Returns:
+        The plan, for as long as it fits; its parts have a method ``last_norms``.
+    """
+    return Plan(batches, [cpu], {}, reads_grads=False)

@@ -34,6 +34,8 @@ _CODES = 4
 _SCALES = ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _CORRECTION_BITS = {torch.int8: 8, torch.int16: 16}
 _GRAD, _N_FIELDS = 1, 15  # index of a field of struct Tensor, and the number of fields
+_N_SUMS = 4  # sums of squares per tensor
+SCALE = 2.0**30  # of d in :meth:`Part.last_norms`
 
 _REMEDY = (
     "install a C compiler (gcc or clang) and run `pip install --force-reinstall --no-deps` on hf_dualadam again, or, "
@@ -55,14 +57,9 @@ def _library() -> ctypes.CDLL | str:
     if not _is_current(library):
         return "was built from sources that have changed since"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.dual_update.argtypes = library.dual_norms.argtypes = (
-        pointer,
-        number,
-        pointer,
-        pointer,
-        ctypes.c_int,
-        pointer,
-    )
+    for function in (library.dual_update, library.dual_norms, library.last_norms):
+        function.argtypes = (pointer, number, pointer, pointer, ctypes.c_int, pointer)
+    library.read_steps.argtypes, library.read_steps.restype = (pointer, number, pointer), None
     library.count_steps.argtypes, library.count_steps.restype = (pointer, pointer, number, pointer), number
     return library
 
@@ -103,6 +100,16 @@ def count_steps(steps: array[int], rows: array[int], expected: array[float]) -> 
     for counter in counters:
         counter.value += 1
     return all(counter.value == expected[row] for counter, row in zip(counters, rows))
+
+
+def read_steps(steps: array[int]) -> array[float]:
+    """The float32 step counts at some addresses."""
+    library = _library()
+    if isinstance(library, str):
+        return array("f", [ctypes.c_float.from_address(address).value for address in steps])
+    counts = array("f", [0]) * len(steps)
+    library.read_steps(steps.buffer_info()[0], len(steps), counts.buffer_info()[0])
+    return counts
 
 
 def _is_current(library: ctypes.CDLL) -> bool:
@@ -150,7 +157,7 @@ class Part(plan.Part):
         if found.grad_addresses is not self._grads:
             self._grads = found.grad_addresses
             self._rows[_GRAD::_N_FIELDS] = array("q", self._grads)
-        options = array("d", [value for group in groups for value in _options(group)])
+        options = _table_of_options(groups)
         ratios = self._norm_ratios(found, groups, options) if self.sharded else None
         _call("dual_update", self._rows, options, ratios)
         mark_as_written(found.owners)
@@ -158,14 +165,33 @@ class Part(plan.Part):
     def _norm_ratios(self, found: plan.Found, groups: list[plan.Group], options: array[float]) -> Tensor | None:
         """The scale of each tensor's inverse update, from the norms of all its shards; None if none is normalized."""
         normalized = torch.tensor([groups[index]["normalize_inverse"] for index in self.groups])
-        counts = [ctypes.c_float.from_address(address).value for address in self.addresses[3]]
+        counts = self.counts()
         weights = (inverse_weight(t + 1, groups[index]["switch_rate"]) for index, t in {*zip(self.groups, counts)})
         if not normalized.any() or not any(weights):
             return None
-        sums = torch.zeros(len(counts), 2, dtype=torch.float64)
+        sums = torch.empty(len(counts), _N_SUMS, dtype=torch.float64)
         _call("dual_norms", self._rows, options, sums)
+        sums = sums[:, :2].contiguous()
         sum_over_shards(sums, found.owners)
         return torch.where(normalized, norm_ratio(*sums.sqrt_().unbind(1)), 1.0)
+
+    def counts(self) -> array[float]:
+        """The step counts of all tensors."""
+        return read_steps(self.addresses[3])
+
+    def last_norms(self, groups: list[plan.Group]) -> Tensor:
+        """Measure the last step.
+
+        Args:
+            groups: the optimizer's parameter groups.
+
+        Returns:
+            Per tensor, or shard, the squared norms of m/d / :data:`SCALE`, m*d * :data:`SCALE`, m and the parameter.
+            They are float64 numbers, but added up from squares in float32.
+        """
+        sums = torch.empty(len(self.groups), _N_SUMS, dtype=torch.float64)
+        _call("last_norms", self._rows, _table_of_options(groups), sums)
+        return sums
 
 
 def is_here(param: Tensor) -> bool:
@@ -180,7 +206,9 @@ def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[str,
         return None
     state = item[2]
     dtype, itemsize = _DTYPES.get(param.dtype, (None, 0))
-    if dtype is None or grad.dtype != param.dtype or not all(tensor.is_cpu for tensor in tensors):
+    if dtype is None or grad.dtype != param.dtype or step.dtype != torch.float32:
+        return None
+    if not all(tensor.is_cpu for tensor in tensors):
         return None
     correction, correction_bits = _correction(param, state)
     scales: tuple[int, ...] | None = _NO_SCALES
@@ -225,6 +253,10 @@ def _options(group: dict[str, Any]) -> tuple[float, ...]:
     names = ("eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
     lr = group["lr"]
     return float(lr.detach() if isinstance(lr, Tensor) else lr), *group["betas"], *(group[name] for name in names)
+
+
+def _table_of_options(groups: list[dict[str, Any]]) -> array[float]:
+    return array("d", [value for group in groups for value in _options(group)])
 
 
 def _call(name: str, rows: array[int], groups: array[float], numbers: Tensor | None) -> None:

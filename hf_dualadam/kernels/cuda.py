@@ -9,7 +9,6 @@ graph and plan, and the optimizer keeps them alive.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import itertools
 import logging
@@ -22,7 +21,7 @@ from torch import Tensor
 from ..functional import norm_ratio, step_scalars
 from ..states import BLOCK, dither, local_tensor
 from . import plan
-from .cpu import count_steps
+from .cpu import count_steps, read_steps
 from .layout import Operands, addresses_of, can_sum_over_shards, mark_as_written, same_layout, sum_over_shards
 
 logger = logging.getLogger(__name__)
@@ -258,7 +257,7 @@ class Part(plan.Part):
         for row, count in enumerate(self._counts):
             self._counts[row] = count + 1
         if not count_steps(self.addresses[3], self._scalar_rows, self._counts):
-            counts = [ctypes.c_float.from_address(address).value for address in self.addresses[3]]
+            counts = read_steps(self.addresses[3])
             rows: dict[tuple[int, float], int] = {}
             self._scalar_rows = array("q", (rows.setdefault(key, len(rows)) for key in zip(self.groups, counts)))
             self._scalar_groups, self._counts = [group for group, _ in rows], array("f", (count for _, count in rows))

@@ -23,6 +23,8 @@ const uint32_t dual_update_sources = SOURCES_CHECKSUM;
 #define BLOCK 128  /* elements read, updated and written at a time; 8-bit moments have one scale per block */
 #define CHUNK 256  /* blocks per task; the param, grad, m and v of a float32 chunk take 512 KiB */
 #define LANES (BLOCK / 4) /* partial sums of squares: enough for several vectors */
+#define N_SUMS 4   /* of squares: of m/d, of m*d and, for the last update only, of m and of the parameters */
+#define SCALE 0x1p30 /* of d in the last update: brings the squares of m/d and of m*d into the range of float */
 #define OCTAVES 40 /* range of the codes of exp_avg_sq within a block */
 #define DITHERED_CODES 16 /* codes of exp_avg below this are not rounded to nearest */
 
@@ -54,7 +56,7 @@ typedef struct {
 } Group;
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, CODES };
-static const int64_t itemsizes[] = {4, 8, 2, 2};
+static const int64_t itemsizes[] = {4, 8, 2, 2, 1};
 
 typedef struct {
     double beta1, beta2, eps, sign, decay, step_size, bias2_rsqrt, adam_weight, inverse_weight;
@@ -64,8 +66,11 @@ typedef struct {
 } StepScalars;
 
 typedef struct {
-    double adam[LANES], inverse[LANES]; /* sums of the squares of m/d and of m*d */
+    double lanes[N_SUMS][LANES];
 } Squares;
+
+/* What dual_update, dual_norms and last_norms do. */
+typedef enum { UPDATE, NEXT_NORMS, LAST_NORMS } Purpose;
 
 /* ---- the formula, in float and in double ---- */
 
@@ -183,14 +188,33 @@ static INLINE void update_block(const Tensor *t, int64_t block, int64_t i, int64
     write_moments(t, block, i, exp_avg, exp_avg_sq, s->step, n);
 }
 
-static INLINE void norms_block(const Tensor *t, int64_t block, int64_t i, int64_t n, const StepScalars *s, int store,
-                               Squares *squares)
+/* Whether the pass over the norms can store m and v without rounding them. */
+static int stores_exactly(const Tensor *t)
+{
+    return t->moments_dtype == FLOAT32 || t->moments_dtype == FLOAT64;
+}
+
+static INLINE void norms_block(const Tensor *t, int64_t block, int64_t i, int64_t n, const StepScalars *s,
+                               Purpose purpose, Squares *squares)
 {
     Buffers buffers ALIGNED;
     float *exp_avg, *exp_avg_sq;
-    const float *grad = read_floats(t->grad, t->dtype, i, buffers.grad, n);
     read_moments(t, block, i, &buffers, &exp_avg, &exp_avg_sq, n);
-    norms_float(grad, exp_avg, exp_avg_sq, n, s, store, squares);
+    if (purpose == LAST_NORMS)
+        last_norms_float(read_floats(t->param, t->dtype, i, buffers.param, n), exp_avg, exp_avg_sq, n, s, squares);
+    else
+        norms_float(read_floats(t->grad, t->dtype, i, buffers.grad, n), exp_avg, exp_avg_sq, n, s,
+                    purpose == UPDATE && stores_exactly(t), squares);
+}
+
+static INLINE void norms_of_doubles(const Tensor *t, int64_t i, int64_t n, const StepScalars *s, Purpose purpose,
+                                    Squares *squares)
+{
+    double *exp_avg = (double *)t->exp_avg + i, *exp_avg_sq = (double *)t->exp_avg_sq + i;
+    if (purpose == LAST_NORMS)
+        last_norms_double((double *)t->param + i, exp_avg, exp_avg_sq, n, s, squares);
+    else
+        norms_double((double *)t->grad + i, exp_avg, exp_avg_sq, n, s, purpose == UPDATE, squares);
 }
 
 static int64_t numel(const Tensor *t)
@@ -238,27 +262,38 @@ static CLONES void update(const Tensor *t, int64_t begin, int64_t end, const Ste
     }
 }
 
-/* Sums the squares of m/d and of m*d. With `store`, also stores m and v; their format must not round them. */
-static CLONES void norms(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, int store, double sums[2])
+/* The next block is requested early: nothing is read while sums are added up. */
+static INLINE void prefetch(const void *array, int64_t dtype, int64_t i)
 {
-    Squares squares ALIGNED = {{0}, {0}};
+    const char *block = (const char *)array + i * itemsizes[dtype];
+    for (int64_t byte = 0; byte < BLOCK * itemsizes[dtype]; byte += 64)
+        __builtin_prefetch(block + byte);
+}
+
+/* Sums the squares for a purpose. Before an update, also stores m and v if their format does not round them. */
+static CLONES void norms(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s, Purpose purpose,
+                         double sums[N_SUMS])
+{
+    Squares squares ALIGNED = {{{0}}};
     int64_t i = first_element(t, begin), rest = rest_of_row(t, begin);
     for (int64_t block = begin; block < end; block++) {
         const int64_t n = rest < BLOCK ? rest : BLOCK;
+        prefetch(purpose == LAST_NORMS ? t->param : t->grad, t->dtype, i + n);
+        prefetch(t->exp_avg, t->moments_dtype, i + n);
+        prefetch(t->exp_avg_sq, t->moments_dtype, i + n);
         if (t->dtype == FLOAT64)
-            norms_double((double *)t->grad + i, (double *)t->exp_avg + i, (double *)t->exp_avg_sq + i, n, s, store,
-                         &squares);
+            norms_of_doubles(t, i, n, s, purpose, &squares);
         else if (n == BLOCK)
-            norms_block(t, block, i, BLOCK, s, store, &squares);
+            norms_block(t, block, i, BLOCK, s, purpose, &squares);
         else
-            norms_block(t, block, i, n, s, store, &squares);
+            norms_block(t, block, i, n, s, purpose, &squares);
         i += n;
         rest = rest > BLOCK ? rest - BLOCK : t->row;
     }
-    sums[0] = sums[1] = 0;
-    for (int lane = 0; lane < LANES; lane++) {
-        sums[0] += squares.adam[lane];
-        sums[1] += squares.inverse[lane];
+    for (int sum = 0; sum < N_SUMS; sum++) {
+        sums[sum] = 0;
+        for (int lane = 0; lane < LANES; lane++)
+            sums[sum] += squares.lanes[sum][lane];
     }
 }
 
@@ -299,7 +334,7 @@ typedef struct {
     int measured;          /* whether the norms have to be measured */
     int64_t pending_norms; /* chunks whose norms are not measured yet */
     int64_t next_update;   /* chunks handed out for updating since the norms are known */
-    double (*sums)[2];     /* one pair per chunk: squares of m/d and of m*d */
+    double (*sums)[N_SUMS]; /* of squares, per chunk */
     double norm_ratio;     /* scale of the inverse update: 1 unless it is normalized */
 } Work;
 
@@ -308,7 +343,7 @@ typedef struct {
     const Group *groups;
     Work *works;
     int64_t n_tensors, n_tasks, next_task;
-    int only_norms;       /* measure the norms and change nothing */
+    Purpose purpose;
     int64_t *ready;       /* tensors of several chunks whose norms are known: their index plus 1 */
     int64_t n_ready, all_ready, first_ready;
 } Job;
@@ -326,16 +361,10 @@ static int64_t end_of_chunk(const Tensor *t, int64_t chunk)
     return end < blocks ? end : blocks;
 }
 
-/* Whether the pass over the norms can store m and v without rounding them. */
-static int stores_exactly(const Tensor *t)
-{
-    return t->moments_dtype == FLOAT32 || t->moments_dtype == FLOAT64;
-}
-
 static const StepScalars *scalars_for(Worker *worker, int64_t place)
 {
     const Tensor *t = &worker->job->tensors[place];
-    const float step = *t->step + worker->job->only_norms; /* dual_update has already counted the step */
+    const float step = *t->step + (worker->job->purpose == NEXT_NORMS); /* dual_update has already counted the step */
     if (t->group != worker->group || step != worker->scalars.step) {
         worker->scalars = step_scalars(step, &worker->job->groups[t->group]);
         worker->group = t->group;
@@ -352,12 +381,12 @@ static void update_chunk(Worker *worker, int64_t place, int64_t chunk)
 }
 
 /* Sums the squares of a tensor's chunks, in order. */
-static void add_up(const Work *work, double sums[2])
+static void add_up(const Work *work, double sums[N_SUMS])
 {
-    sums[0] = sums[1] = 0;
-    for (int64_t chunk = 0; work->measured && chunk < work->n_chunks; chunk++) {
-        sums[0] += work->sums[chunk][0];
-        sums[1] += work->sums[chunk][1];
+    for (int sum = 0; sum < N_SUMS; sum++) {
+        sums[sum] = 0;
+        for (int64_t chunk = 0; work->measured && chunk < work->n_chunks; chunk++)
+            sums[sum] += work->sums[chunk][sum];
     }
 }
 
@@ -368,11 +397,10 @@ static void measure_chunk(Worker *worker, int64_t place, int64_t chunk)
     Job *job = worker->job;
     Work *work = &job->works[place];
     const Tensor *t = &job->tensors[place];
-    norms(t, chunk * CHUNK, end_of_chunk(t, chunk), scalars_for(worker, place), !job->only_norms && stores_exactly(t),
-          work->sums[chunk]);
-    if (job->only_norms || __atomic_sub_fetch(&work->pending_norms, 1, __ATOMIC_ACQ_REL) > 0)
+    norms(t, chunk * CHUNK, end_of_chunk(t, chunk), scalars_for(worker, place), job->purpose, work->sums[chunk]);
+    if (job->purpose != UPDATE || __atomic_sub_fetch(&work->pending_norms, 1, __ATOMIC_ACQ_REL) > 0)
         return;
-    double squares[2];
+    double squares[N_SUMS];
     add_up(work, squares);
     work->norm_ratio = squares[1] != 0 ? sqrt(squares[0] / squares[1]) : 0; /* NaN stays NaN */
     if (work->n_chunks == 1)
@@ -440,9 +468,10 @@ static int64_t plan(Job *job, const double *norm_ratios)
         Work *work = &job->works[i];
         const int64_t blocks = n_blocks(t);
         work->norm_ratio = norm_ratios ? norm_ratios[i] : 1;
-        work->measured = blocks && !norm_ratios && group->normalize_inverse &&
-                         inverse_weight(*t->step + 1, group->switch_rate) * group->inverse_scale != 0;
-        work->n_chunks = job->only_norms && !work->measured ? 0 : (blocks + CHUNK - 1) / CHUNK;
+        work->measured = job->purpose == LAST_NORMS ||
+                         (!norm_ratios && group->normalize_inverse &&
+                          inverse_weight(*t->step + 1, group->switch_rate) * group->inverse_scale != 0);
+        work->n_chunks = job->purpose != UPDATE && !work->measured ? 0 : (blocks + CHUNK - 1) / CHUNK;
         work->pending_norms = work->n_chunks;
         if (work->n_chunks == 1 && blocks_of_task + blocks <= CHUNK) {
             work->first_task = job->n_tasks - 1;
@@ -453,27 +482,27 @@ static int64_t plan(Job *job, const double *norm_ratios)
             blocks_of_task = work->n_chunks == 1 ? blocks : CHUNK;
         }
         n_measured += work->measured ? work->n_chunks : 0;
-        job->all_ready += work->measured && work->n_chunks > 1 && !job->only_norms;
+        job->all_ready += work->measured && work->n_chunks > 1 && job->purpose == UPDATE;
     }
     return n_measured;
 }
 
 typedef void Parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
 
-/* Implements dual_update and dual_norms. Unless `sums` is NULL, stores each tensor's squared norms in it. */
-static int run(Job job, const double *norm_ratios, double (*sums)[2], int threads, Parallel *parallel)
+/* Implements dual_update, dual_norms and last_norms. Unless `sums` is NULL, stores each tensor's sums of squares in it. */
+static int run(Job job, const double *norm_ratios, double (*sums)[N_SUMS], int threads, Parallel *parallel)
 {
     job.works = calloc(job.n_tensors + 1, sizeof *job.works);
     const int64_t n_measured = job.works ? plan(&job, norm_ratios) : 0;
-    double (*chunk_sums)[2] = malloc((n_measured + 1) * sizeof *chunk_sums);
+    double (*chunk_sums)[N_SUMS] = malloc((n_measured + 1) * sizeof *chunk_sums);
     job.ready = calloc(job.all_ready + 1, sizeof *job.ready);
     const int failed = !job.works || !chunk_sums || !job.ready;
     if (!failed) {
-        double (*next_sums)[2] = chunk_sums;
+        double (*next_sums)[N_SUMS] = chunk_sums;
         for (int64_t i = 0; i < job.n_tensors; i++) {
             job.works[i].sums = next_sums;
             next_sums += job.works[i].measured ? job.works[i].n_chunks : 0;
-            if (!job.only_norms)
+            if (job.purpose == UPDATE)
                 *job.tensors[i].step += 1;
         }
         if (threads > 1 && job.n_tasks > 1) /* waking other threads takes longer than a single task */
@@ -503,11 +532,27 @@ int dual_update(const Tensor *tensors, int64_t n_tensors, const Group *groups, c
 /* Stores in `sums`, for each tensor, the sums of the squares of m/d and of m*d in the coming update, or 0 if that is
  * not normalized; changes nothing else. For sharded tensors, the caller adds up the sums of all processes. Returns as
  * dual_update. */
-int dual_norms(const Tensor *tensors, int64_t n_tensors, const Group *groups, double (*sums)[2], int threads,
+int dual_norms(const Tensor *tensors, int64_t n_tensors, const Group *groups, double (*sums)[N_SUMS], int threads,
                Parallel *parallel)
 {
-    const Job job = {.tensors = tensors, .groups = groups, .n_tensors = n_tensors, .only_norms = 1};
+    const Job job = {.tensors = tensors, .groups = groups, .n_tensors = n_tensors, .purpose = NEXT_NORMS};
     return run(job, NULL, sums, threads, parallel);
+}
+
+/* Stores in `sums`, for each tensor, the sums of the squares of m/d / SCALE, of m*d * SCALE, of m and of the parameter
+ * (without its correction) in the last update; changes nothing else. Reads no gradients. Returns as dual_update. */
+int last_norms(const Tensor *tensors, int64_t n_tensors, const Group *groups, double (*sums)[N_SUMS], int threads,
+               Parallel *parallel)
+{
+    const Job job = {.tensors = tensors, .groups = groups, .n_tensors = n_tensors, .purpose = LAST_NORMS};
+    return run(job, NULL, sums, threads, parallel);
+}
+
+/* Copies the step count of each tensor from its address. */
+void read_steps(float *const *steps, int64_t n, float *counts)
+{
+    for (int64_t i = 0; i < n; i++)
+        counts[i] = *steps[i];
 }
 
 /* Increments the step count of each tensor, for kernels that run elsewhere.

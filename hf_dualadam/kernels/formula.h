@@ -62,36 +62,67 @@ static INLINE void NAME(update)(REAL *params, const REAL *grads, REAL *exp_avgs,
         NAME(update_elements)(params, grads, exp_avgs, exp_avg_sqs, n, scalars, 0);
 }
 
-/* The sum over one lane of a block. */
-static INLINE double NAME(sum_of_squares)(const REAL *x)
+/* The sum over one lane of a block; in the type of the numbers, which is faster, if their squares are in its range. */
+static INLINE double NAME(sum_of_squares)(const REAL *x, int in_range)
 {
+    if (in_range) {
+        const REAL a = x[0], b = x[LANES], c = x[2 * LANES], d = x[3 * LANES];
+        return a * a + b * b + (c * c + d * d);
+    }
     const double a = x[0], b = x[LANES], c = x[2 * LANES], d = x[3 * LANES];
     return a * a + b * b + (c * c + d * d);
 }
 
-/* Adds the squares of m/d and of m*d of n elements, at most BLOCK, to `squares`; with `store`, stores their m and v.
- * There is one sum per lane, so that the loop is vectorized and the order of the additions is the same for every
- * instruction set and number of threads. */
+/* Adds the squares of n numbers of each of `n_sums` kinds to `squares`. There is one sum per lane, so that the loop is
+ * vectorized and the order of the additions is the same for every instruction set and number of threads. Sets the rest
+ * of the blocks to 0. */
+static INLINE void NAME(add_squares)(REAL x[][BLOCK], int n_sums, int64_t n, int in_range, Squares *restrict squares)
+{
+    for (int sum = 0; sum < n_sums; sum++) {
+        for (int64_t i = n; i < BLOCK; i++)
+            x[sum][i] = 0;
+        for (int lane = 0; lane < LANES; lane++)
+            squares->lanes[sum][lane] += NAME(sum_of_squares)(x[sum] + lane, in_range);
+    }
+}
+
+/* Adds the squares of m/d and of m*d of n elements, at most BLOCK, in the coming update; with `store`, stores their m
+ * and v. */
 static INLINE void NAME(norms)(const REAL *restrict grads, REAL *restrict exp_avgs, REAL *restrict exp_avg_sqs,
                                int64_t n, const StepScalars *scalars, int store, Squares *restrict squares)
 {
     const StepScalars s = *scalars;
-    REAL adam[BLOCK] ALIGNED, inverse[BLOCK] ALIGNED;
+    REAL parts[2][BLOCK] ALIGNED;
     for (int64_t i = 0; i < n; i++) {
         REAL exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
         NAME(moments)(grads[i], &exp_avg, &exp_avg_sq, &s);
         const REAL denom = NAME(denominator)(exp_avg_sq, &s);
-        adam[i] = exp_avg / denom;
-        inverse[i] = exp_avg * denom;
+        parts[0][i] = exp_avg / denom;
+        parts[1][i] = exp_avg * denom;
         if (store) {
             exp_avgs[i] = exp_avg;
             exp_avg_sqs[i] = exp_avg_sq;
         }
     }
-    for (int64_t i = n; i < BLOCK; i++)
-        adam[i] = inverse[i] = 0;
-    for (int lane = 0; lane < LANES; lane++) {
-        squares->adam[lane] += NAME(sum_of_squares)(adam + lane);
-        squares->inverse[lane] += NAME(sum_of_squares)(inverse + lane);
+    NAME(add_squares)(parts, 2, n, 0, squares);
+}
+
+/* Adds the squares of m/d, of m*d, of m and of the parameters, of n elements, at most BLOCK, as the last update has left
+ * them; d is scaled by SCALE. */
+static INLINE void NAME(last_norms)(const REAL *restrict params, const REAL *restrict exp_avgs,
+                                    const REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars,
+                                    Squares *restrict squares)
+{
+    StepScalars s = *scalars;
+    s.bias2_rsqrt *= SCALE;
+    s.eps *= SCALE;
+    REAL parts[N_SUMS][BLOCK] ALIGNED;
+    for (int64_t i = 0; i < n; i++) {
+        const REAL exp_avg = exp_avgs[i], denom = NAME(denominator)(exp_avg_sqs[i], &s);
+        parts[0][i] = exp_avg / denom;
+        parts[1][i] = exp_avg * denom;
+        parts[2][i] = exp_avg;
+        parts[3][i] = params[i];
     }
+    NAME(add_squares)(parts, N_SUMS, n, 1, squares);
 }

@@ -1,4 +1,4 @@
-"""The plan of an optimizer's step: made once, checked at every step, and replaced when anything has changed.
+"""The plan of an optimizer's step or measurement: made once, checked every time, replaced when anything has changed.
 
 A plan records addresses, shapes and options, but holds no tensor of its optimizer, so it does not keep memory alive.
 It cannot go stale unnoticed either: each step compares the current parameters, gradients and states with those that
@@ -12,7 +12,7 @@ import weakref
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -67,9 +67,12 @@ class Part:
         members: the tensors.
         sharded: whether the members are shards of DTensors.
         graph_tables: see :class:`Plan`.
+        reads_grads: see :class:`Plan`.
     """
 
-    def __init__(self, members: list[Member], sharded: bool, graph_tables: dict[Any, Any]) -> None:
+    def __init__(
+        self, members: list[Member], sharded: bool, graph_tables: dict[Any, Any], reads_grads: bool = True
+    ) -> None:
         self._pick = _picker([member.place for member in members])
         self.groups = [member.group for member in members]
         self.sharded = sharded
@@ -81,6 +84,7 @@ class Part:
         self.addresses = [array("q", addresses_of(tensors)) for tensors in (params, exp_avgs, exp_avg_sqs, steps)]
         self._grad_addresses = addresses_of(grads)
         self.graph_tables = graph_tables
+        self._reads_grads = reads_grads
         self._seen: list[Any] = []  # what the first look has seen, by block
 
     def look(self, params: list[Tensor], state: dict[Tensor, Any]) -> Found | None:
@@ -111,7 +115,7 @@ class Part:
 
     def _look_at(self, owners: list[Tensor], state: dict[Tensor, Any]) -> tuple[list[Any], list[Tensor], list[Tensor]]:
         """What must not change about some parameters, and the plain tensors of these and of their gradients."""
-        grads = [*map(_GRAD, owners)]
+        grads = [*map(_GRAD, owners)] if self._reads_grads else owners
         states = [*map(state.__getitem__, owners)]
         columns = [[*map(operator.itemgetter(name), states)] for name in self._names]
         seen: list[Any] = [[*map(type, grads)], *([*map(id, column)] for column in columns)]
@@ -168,34 +172,38 @@ class Plan:
         batches: each parameter group with all its (param, grad, state) items; the states are complete.
         kernels: the modules with a kernel.
         graph_tables: tables that captured graphs read, which outlive the plan.
+        reads_grads: False for a plan of measurements, whose items have the parameter itself in place of a gradient.
+            Default True.
     """
 
-    def __init__(self, batches: Batches, kernels: Iterable[Any], graph_tables: dict[Any, Any]) -> None:
+    def __init__(
+        self, batches: Batches, kernels: Iterable[Any], graph_tables: dict[Any, Any], reads_grads: bool = True
+    ) -> None:
         groups = [group for group, _ in batches]
         self._paths = [*map(_PATH, groups)]
         self._fused = [index for index, group in enumerate(groups) if allows_kernels(group)]
         params = self._params(groups)
         self._param_ids = [*map(id, params)]
-        self._idle = [place for place, param in enumerate(params) if param.grad is None]
         self._kernels = list(kernels)
         self._dead: list[Any] = []  # weak references to freed tensors; while it is empty, ids are unique
         self._alive: list[Any] = []
         # Places of tensors in no part, by group:
         self._others: dict[int, list[int]] = defaultdict(list)  # there is no kernel for their device
         self._shared: dict[int, list[int]] = defaultdict(list)  # they share memory, so they are updated one by one
-        self._left: dict[int, list[int]] = defaultdict(list)  # the kernel cannot take them in their present form
+        self._left: dict[int, list[int]] = defaultdict(list)  # idle, or the kernel cannot take them in this form
 
-        places = {id(param): place for place, param in enumerate(params)}
         parts: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
+        items = {id(item[0]): item for _, own_items in batches for item in own_items}
+        places = count()
         for index in self._fused:
-            for item in batches[index][1]:
-                place = places[id(item[0])]
-                kernel = self._kernel_of(item[0])
-                tensors, prepared = _prepare(kernel, item, groups[index])
-                if kernel is None or tensors is None or prepared is None:
+            for param, place in zip(groups[index]["params"], places):
+                item = items.get(id(param))
+                kernel = self._kernel_of(param)
+                tensors, prepared = (None, None) if item is None else _prepare(kernel, item, groups[index])
+                if item is None or tensors is None or prepared is None:
                     (self._others if kernel is None else self._left)[index].append(place)
                 else:
-                    sharded, (kind, row) = tensors[0] is not item[0], prepared
+                    sharded, (kind, row) = tensors[0] is not param, prepared
                     key = kernel, sharded, _names(item[2]), kind
                     parts[key].append(Member(place, index, tensors, item[2], row))
         self._take_out_shared_memory(parts)
@@ -204,8 +212,10 @@ class Plan:
                 own = map(member.state.__getitem__, _names(member.state))
                 self._alive += [weakref.ref(tensor, self._dead.append) for tensor in own]
         self._alive += [weakref.ref(param, self._dead.append) for param in params]
-        self._parts: list[Part] = [
-            kernel.Part(members, sharded, graph_tables) for (kernel, sharded, *_), members in parts.items() if members
+        self.parts: list[Part] = [
+            kernel.Part(members, sharded, graph_tables, reads_grads)
+            for (kernel, sharded, *_), members in parts.items()
+            if members
         ]
 
     def look(self, groups: list[Group], state: dict[Tensor, Any], collect: Callable[..., list[Item]]) -> Step | None:
@@ -214,7 +224,7 @@ class Plan:
         Args:
             groups: the optimizer's parameter groups.
             state: its state.
-            collect: ``collect(group, params)`` completes the states and returns the items of params with a gradient.
+            collect: ``collect(group, params)`` returns the items of those params that have something to be done.
 
         Returns:
             The work of this step, or None if the plan no longer fits.
@@ -224,11 +234,9 @@ class Plan:
         params = self._params(groups)
         if [*map(id, params)] != self._param_ids:
             return None
-        if any(params[place].grad is not None for place in self._idle):
-            return None
         found = []
         try:
-            for part in self._parts:
+            for part in self.parts:
                 tensors = part.look(params, state)
                 if tensors is None:
                     return None
@@ -257,7 +265,7 @@ class Plan:
             step: what :meth:`look` has just returned.
             groups: the optimizer's parameter groups.
         """
-        for part, found in zip(self._parts, step.found):
+        for part, found in zip(self.parts, step.found):
             part.run(found, groups)
 
     def _params(self, groups: list[Group]) -> list[Tensor]:

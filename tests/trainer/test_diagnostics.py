@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_dualadam import DualAdam, InvAdam
+from hf_dualadam import DualAdam, InvAdam, diagnostics
 from hf_dualadam.diagnostics import InverseStatistics, inverse_statistics
-from hf_dualadam.kernels import cpu, part_norms
+from hf_dualadam.kernels import cpu
 
 
 def _expected(optimizer):
@@ -59,9 +59,10 @@ def _run(cls=DualAdam, dtype=torch.float32, size=1.0, steps=3, **options):
 def way(request, monkeypatch):
     """With the kernel, where it is built, and without."""
     if request.param == "blocks":
-        monkeypatch.setattr(part_norms, "is_supported", lambda *tensors: False)
+        monkeypatch.setattr(cpu, "is_here", lambda param: False)
     elif cpu.load() is None:
         pytest.skip("the CPU kernel is not built")
+    return request.param
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -82,9 +83,87 @@ def test_gradients_of_any_size(size):
     assert tuple(inverse_statistics(optimizer)) == pytest.approx(tuple(_expected(optimizer)), rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"state_bits": 8}, {"switch_rate": 1.0}, {"inverse_scale": 0.0}])
-def test_kinds_of_state_and_parts_that_are_off(options):
+@pytest.mark.parametrize("options", [{"switch_rate": 1.0}, {"inverse_scale": 0.0}])
+def test_parts_that_are_off(options):
     optimizer = _run(**options)
+    assert tuple(inverse_statistics(optimizer)) == pytest.approx(tuple(_expected(optimizer)), rel=1e-5)
+
+
+KINDS_OF_STATE = [
+    {"state_bits": 8},
+    {"state_bits": 8, "dtype": torch.bfloat16},
+    {"state_bits": 8, "dtype": torch.float16},
+    {"master_weight_bits": 24, "dtype": torch.bfloat16},
+    {"master_weight_bits": 32, "dtype": torch.float16},
+    {"dtype": torch.float16},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float64},
+]
+
+
+@pytest.mark.parametrize("options", KINDS_OF_STATE, ids=lambda options: "-".join(map(str, options.values())))
+def test_kinds_of_state(options, way, monkeypatch):
+    if way == "kernel":  # it reads them all
+        monkeypatch.setattr(diagnostics, "_squares_in_blocks", lambda *_: pytest.fail("the kernel left something out"))
+    optimizer = _run(**options)
+    assert tuple(inverse_statistics(optimizer)) == pytest.approx(tuple(_expected(optimizer)), rel=1e-5)
+
+
+def _share_memory(optimizer, params):
+    params[1].data = params[0].data[0, :7]
+
+
+def _transpose_moments(optimizer, params):
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[params[0]][name] = optimizer.state[params[0]][name].t().contiguous().t()
+
+
+def _widen_moment(optimizer, params):
+    optimizer.state[params[0]]["exp_avg"] = optimizer.state[params[0]]["exp_avg"].double()
+
+
+def _replace_moment(optimizer, params):
+    optimizer.state[params[0]]["exp_avg"] = torch.full((300, 300), 0.5)
+
+
+def _change_step(optimizer, params):
+    optimizer.state[params[0]]["step"] = torch.tensor(7)
+
+
+def _change_options(optimizer, params):
+    optimizer.param_groups[1].update(lr=torch.tensor(0.5), betas=(0.5, 0.6), inverse_scale=7.0)
+
+
+def _choose_foreach(optimizer, params):
+    optimizer.param_groups[0]["foreach"] = True
+
+
+CHANGES = [
+    _share_memory,
+    _transpose_moments,
+    _widen_moment,
+    _replace_moment,
+    _change_step,
+    _change_options,
+    _choose_foreach,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_since_the_last_figures_is_measured_as_it_is(change):
+    optimizer = _run()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    inverse_statistics(optimizer)
+    change(optimizer, params)
+    assert tuple(inverse_statistics(optimizer)) == pytest.approx(tuple(_expected(optimizer)), rel=1e-5)
+
+
+def test_a_parameter_that_is_first_updated_later_is_measured_from_then_on():
+    optimizer = _run()
+    inverse_statistics(optimizer)
+    unused = optimizer.param_groups[2]["params"][0]
+    unused.grad = torch.full_like(unused, 1e3)
+    optimizer.step()
     assert tuple(inverse_statistics(optimizer)) == pytest.approx(tuple(_expected(optimizer)), rel=1e-5)
 
 
