@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         for task, (difference, metric) in rows.items():
             print(f"- {task}, {difference.pairs} seeds: {verdict(difference, metric.scale, metric.unit)}")
     caption = "Held-out difference, paired by seed: mean and 95 % interval; right of 0 is better."
-    draw_differences(args.output, caption, {f"{a} minus {b}": rows for (a, b), rows in found.items()})
+    panels = {f"{a} minus {b}": rows for (a, b), rows in found.items()}
+    draw_differences(args.output, caption, panels, share_range=True)
     print(f"\n{args.output}")
 
 

@@ -157,13 +157,20 @@ def draw_all(
     return captions
 
 
-def draw_differences(path: Path, caption: str, panels: Mapping[str, Mapping[str, tuple[Difference, Metric]]]) -> None:
+def draw_differences(
+    path: Path,
+    caption: str,
+    panels: Mapping[str, Mapping[str, tuple[Difference, Metric]]],
+    *,
+    share_range: bool = False,
+) -> None:
     """Draw means and 95 % intervals of differences, one row each, with a line at 0.
 
     Args:
         path: path of the PNG file.
         caption: caption of the figure.
         panels: by title, the rows of a panel by name: a difference and its metric.
+        share_range: give all panels the same horizontal range.
     """
     _panels(
         path,
@@ -171,6 +178,7 @@ def draw_differences(path: Path, caption: str, panels: Mapping[str, Mapping[str,
         {title: (rows, "") for title, rows in panels.items()},
         _forest,
         height=max(2.6, 0.32 * max(map(len, panels.values())) + 1.2),
+        share_x=share_range,
     )
 
 
@@ -283,7 +291,14 @@ def _name_rows(axes: Axes, names: list[str], label: str) -> None:
 
 
 def _panels(
-    path: Path, caption: str, parts: dict, draw: Callable, *, height: float, share_within_task: bool = False
+    path: Path,
+    caption: str,
+    parts: dict,
+    draw: Callable,
+    *,
+    height: float,
+    share_within_task: bool = False,
+    share_x: bool = False,
 ) -> None:
     """Draw one panel per part under a caption.
 
@@ -294,12 +309,13 @@ def _panels(
         draw: draws the data of a title on its axes.
         height: height of a panel in inches.
         share_within_task: give the panels of a task the same vertical range.
+        share_x: give all panels the same horizontal range.
     """
     rows = math.ceil(len(parts) / PANELS_PER_ROW)
     columns = math.ceil(len(parts) / rows)
     width = max(PANEL_WIDTH * columns, 6.4)
     figure = Figure(figsize=(width, height * rows + 0.6), layout="constrained", dpi=110)
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=share_x)
     by_task: dict[str, list[Axes]] = {}
     for axes, (title, (data, task)) in zip(grid.flat, parts.items(), strict=False):
         draw(axes, title, data)
