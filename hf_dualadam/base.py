@@ -41,11 +41,11 @@ Group = dict[str, Any]
 
 # Execution and storage options: loading a state dict does not change them.
 EXECUTION_OPTIONS = ("foreach", "fused", "capturable", "state_bits", "master_weight_bits")
-# The options taken from the state of another Adam-like optimizer; the rest stays as constructed.
+# The options taken from the state of another Adam-like optimizer; the others stay as constructed.
 ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "initial_lr", "maximize")
 # The arguments of step_scalars, apart from lr.
 _SCALAR_OPTIONS = "betas eps weight_decay switch_rate inverse_scale normalize_inverse maximize".split()
-MAX_COUNT = 2**24  # the largest step count: float32 cannot count further
+MAX_COUNT = 2**24  # the largest step count: float32 cannot count beyond it
 MAX_COPIED = 2**22  # elements that the foreach path copies to float32 at a time
 
 
@@ -254,7 +254,7 @@ class MomentOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or normalize_inverse meets parameters that FSDP1 has flattened.
+            RuntimeError: a gradient is sparse, or normalize_inverse is used with parameters flattened by FSDP1.
         """
         _check_graph_capture(self)
         loss = None
@@ -272,7 +272,7 @@ class MomentOptimizer(Optimizer):
 
         Args:
             params: parameters with gradients.
-            group: the group that they are in.
+            group: their parameter group.
 
         Raises:
             RuntimeError: as :meth:`step`.
@@ -286,7 +286,7 @@ class MomentOptimizer(Optimizer):
             self._update(group, items)
 
     def _run_kernels(self, groups: list[Group]) -> kernels.Batches:
-        """Count the step and update whatever a kernel can take; returns the rest."""
+        """Count the step and update whatever a kernel can; return the rest."""
         key = None if groups is self.param_groups else tuple(map(id, groups[0]["params"]))
         plans, graph_tables = (self.__dict__.setdefault(name, {}) for name in ("_plans", "_graph_tables"))
         plan, step = kernels.planned(
@@ -299,7 +299,7 @@ class MomentOptimizer(Optimizer):
         self.__dict__.pop("_plans", None)
 
     def _collect(self, group: Group, params: Iterable[Tensor]) -> list[Item]:
-        """Parameter, gradient and state of each parameter with a gradient; completes the states."""
+        """The items of the parameters with a gradient; completes their states."""
         items = []
         for param in params:
             grad = param.grad
@@ -394,7 +394,7 @@ class MomentOptimizer(Optimizer):
         before = [dict(group) for group in self.param_groups]
         notes: list[str] = []
         handles = [
-            self.register_load_state_dict_pre_hook(check_and_keep),  # the last of them
+            self.register_load_state_dict_pre_hook(check_and_keep),  # runs last
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
         try:
@@ -456,7 +456,7 @@ class MomentOptimizer(Optimizer):
 
     @torch.no_grad()
     def _restore(self, loaded: dict[str, Any], before: list[Group]) -> list[str]:
-        """Restore what torch cast to the parameters' dtype (pytorch issue 43706), and convert it to our form.
+        """Restore what torch cast to the parameters' dtype (pytorch issue 43706), and convert it to our formats.
 
         Returns:
             Sentences for the warning to the user.
@@ -487,7 +487,7 @@ class MomentOptimizer(Optimizer):
         return notes + [f"While loading, {note}." for note in dict.fromkeys(converted)]
 
     def _notes_on_foreign(self, loaded: dict[str, Any], owner: str) -> list[str]:
-        """Describe what of another optimizer's state is used, in sentences."""
+        """Sentences on which part of another optimizer's state is used."""
         name = type(self).__name__
         said = f"The loaded state was saved by {owner}, not by {name}"
         if not any(loaded["state"].values()):
@@ -503,7 +503,7 @@ class MomentOptimizer(Optimizer):
         return notes
 
 
-# torch 2.13 renamed its check that a captured step is capturable.
+# torch 2.13 renamed its check that a step under graph capture is capturable.
 def _check_graph_capture(optimizer: Optimizer) -> None:
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         check = getattr(optimizer, name, None)
@@ -543,7 +543,7 @@ def _check_count(owner: str, step: Any) -> None:
 
 
 def _check_moment(owner: str, state: State, name: str, param: Tensor) -> Layout:
-    """Refuse a loaded moment that is no moment; return the entries that it should have."""
+    """Refuse a loaded moment that is not a real dense tensor; return the entries that it should have."""
     moment = state[name]
     if not isinstance(moment, Tensor) or moment.layout != torch.strided or moment.is_complex():
         kind = f"{moment.layout}, {moment.dtype}" if isinstance(moment, Tensor) else type(moment).__name__
@@ -552,7 +552,7 @@ def _check_moment(owner: str, state: State, name: str, param: Tensor) -> Layout:
     others = {key for other in MOMENT_FORMATS.values() for key in other.layout(param, name, moment.dtype)}
     for key in sorted((others - layout.keys()) & state.keys()):
         raise ValueError(
-            f"Invalid state_dict: {name} of {owner} is {moment.dtype} beside {key} - should be codes, as it was saved."
+            f"Invalid state_dict: {name} of {owner} is {moment.dtype} with {key} - should be codes, as it was saved."
         )
     return layout
 
@@ -587,8 +587,8 @@ def _convert_correction(param: Tensor, state: State, bits: int | None) -> str:
 def _batches(group: Group, items: list[Item], foreach: bool) -> Iterator[tuple[list[Item], StepScalars]]:
     """Split a group's items into batches that one call can update, each with its scalars.
 
-    Reads the step counts on the host unless that is forbidden (``capturable``) or would break a compiled graph; then
-    the scalars are tensors, one per parameter.
+    Reads the step counts on the host unless that is forbidden (``capturable``) or would break a compiled graph. In
+    these cases the scalars are tensors, one per parameter.
     """
     options = {name: group[name] for name in _SCALAR_OPTIONS if name in group}
     on_host = not (group["capturable"] or torch.compiler.is_compiling())

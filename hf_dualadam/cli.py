@@ -51,10 +51,10 @@ hf-dualadam [--optim NAME [--optim_args ARGS]] SCRIPT.py [ARGS...]    run a scri
        hf-dualadam compare PLAN.yaml    compare optimizers; --help lists its options
        hf-dualadam env                  print versions, paths and kernels, for bug reports"""
 DESCRIPTION = """\
-Runs an unmodified script with DualAdam and InvAdam registered, so that every script which reads
-TrainingArguments from its command line takes --optim dualadam and --optim invadam. Python processes
-that it starts know the names too, and timm's train.py takes --opt dualadam. Scripts that set optim
-themselves are reached by --optim before the script."""
+Runs an unmodified script with DualAdam and InvAdam registered: a script that reads TrainingArguments
+from its command line accepts --optim dualadam and --optim invadam, and timm's train.py accepts
+--opt dualadam, also in the Python processes that they start. For a script that sets optim itself, put
+--optim before the script."""
 EPILOG = """\
 python -m hf_dualadam is the same command; with several processes:
 accelerate launch -m hf_dualadam SCRIPT.py [ARGS...]"""
@@ -76,10 +76,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"hf_dualadam {hf_dualadam.__version__}")
     parser.add_argument("-m", dest="module", action="store_true", help="the target is the name of a module")
-    parser.add_argument("--optim", help="optimizer in place of the one that the script sets in its TrainingArguments")
+    parser.add_argument("--optim", help="optimizer that replaces the one the script sets in its TrainingArguments")
     parser.add_argument("--optim_args", help="its options, key=value,key=value; only with --optim")
     parser.add_argument(
-        "target", help="script, module or command; compare and env are words of ours (./env is a script)"
+        "target", help="script, module or command; compare and env are subcommands (./env is a script)"
     )
     own, rest = _split(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(own)
@@ -116,7 +116,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _problem(optim: str | None, optim_args: str | None) -> str | None:
-    """Check --optim and --optim_args before anything is started."""
+    """Check --optim and --optim_args before the script is started."""
     if optim is None:
         return None if optim_args is None else "--optim_args needs --optim"
     try:
@@ -235,7 +235,7 @@ def _hide_own_frames(hook: ExceptionHook) -> ExceptionHook:
 
 
 def _set_first_path(folder: str) -> None:
-    """Replace the folder of this command in ``sys.path`` by the target's; with -P and -I there is none."""
+    """Replace the folder of this command in ``sys.path`` by the target's; with -P and -I, it is not there."""
     if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         sys.path[0] = folder
 

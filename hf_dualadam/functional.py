@@ -16,18 +16,15 @@ so it cannot turn an overflow into NaN.
 
 The formula appears four times, with the same names, order and factors: :func:`dual_update_` for one tensor,
 :func:`foreach_dual_update_` for lists, ``kernels/formula.h`` for the CPU and ``kernels/dual_update_triton.py`` for
-CUDA. The kernels are tested against the first. They differ only in this:
+CUDA. The kernels are tested against the first. They differ only in the following:
 
-==================  ===========================  ===========================  ====================================
-\                   Python                       C                            Triton
-==================  ===========================  ===========================  ====================================
-m                   ``lerp_``                    ``lerp_``'s rounding         ``lerp_``'s rounding
-step scalars        float64, on the host         float64, in each thread      float64, on the host; on the device
-                                                                              if ``capturable``
-half precision      float32 copies               float32, block by block      float32 registers
-norms               float64 sums                 float64 sums, in lanes       float32 sums of scaled squares
-float32 sqrt and /  rounded correctly            rounded correctly            within 2 units in the last place
-==================  ===========================  ===========================  ====================================
+|                    | Python               | C                       | Triton                                        |
+|--------------------|----------------------|-------------------------|-----------------------------------------------|
+| m                  | ``lerp_``            | rounded as ``lerp_``    | rounded as ``lerp_``                          |
+| step scalars       | float64, on the host | float64, in each thread | float64, on the device if ``capturable``      |
+| half precision     | float32 copies       | float32, block by block | float32 registers                             |
+| norms              | float64 sums         | float64 sums, by lane   | float32 sums of scaled squares                |
+| float32 sqrt and / | correctly rounded    | correctly rounded       | within 2 units in the last place              |
 """
 
 from __future__ import annotations
@@ -42,8 +39,8 @@ from torch import Tensor
 class StepScalars(NamedTuple):
     """The quantities of one step that are the same for all elements of a tensor.
 
-    Each value is a float. Where the step count may not be read on the host (CUDA graphs, ``torch.compile``), it is a
-    0-dim tensor, or for lists of tensors a list of 0-dim tensors.
+    Each value is a float. If the step count must not be read on the host (CUDA graphs, ``torch.compile``), it is a
+    0-dim tensor or, for lists of tensors, a list of 0-dim tensors.
 
     Attributes:
         lr: eta.
@@ -135,7 +132,7 @@ def step_scalars(
         maximize: ascend instead of descend. Default False.
 
     Returns:
-        The scalars: tensors where ``step`` is a tensor, else floats.
+        The scalars: tensors if ``step`` is a tensor, else floats.
     """
     beta1, beta2 = betas
     if isinstance(step, Tensor):

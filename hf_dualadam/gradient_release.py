@@ -1,7 +1,7 @@
 """Gradient release: update each parameter as soon as its gradient is complete, and free the gradient (ours).
 
-The gradients of a model are then never all in memory, which saves 4 bytes per float32 parameter and 2 bytes per
-bfloat16 parameter.
+The gradients of a model are then never in memory all at once, which saves 4 bytes per float32 parameter and 2 bytes
+per bfloat16 parameter.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def release_gradients(model: Module, optimizer: Optimizer) -> GradientRelease:
 
     The training loop does not change. ``optimizer.step()`` ends the step, runs its hooks and updates the remaining
     parameters, such as those added to the optimizer later. The resulting weights are the same, bit for bit. A
-    parameter that is used in several places is updated once, when its gradient is complete; under reentrant activation
-    checkpointing, one that is used inside several checkpointed blocks is not, and is refused.
+    parameter used in several places is updated once, when its gradient is complete. The exception is one used in
+    several blocks with reentrant activation checkpointing: its gradient comes in parts, the second of which raises an
+    error.
 
     Not supported, because they need all gradients at once or change them after the backward pass:
 
@@ -113,7 +114,7 @@ def _problem(model: Module, optimizer: MomentOptimizer, names: dict[Tensor, str]
     sharded = [hasattr(param, "placements") for param, _ in params]
     home = type(model).__module__
     if releases(model):
-        return "they are released already; call remove() of that handle first"
+        return "they are already released; call remove() of that handle first"
     if home.startswith("deepspeed") or any(hasattr(param, "ds_id") for param, _ in params):
         return "DeepSpeed does not expose gradients"
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):

@@ -14,7 +14,7 @@ _OWN_MAPPING = 2**22  # bytes; allocations of this size get their own memory map
 def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros with the layout of ``param``.
 
-    A step reads whole state tensors; with small pages, it has to look up an address every 4 KiB.
+    A step reads whole state tensors; with small pages, it needs an address translation every 4 KiB.
     """
     zeros = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
     if type(zeros) is Tensor and zeros.is_cpu and not torch.compiler.is_compiling():

@@ -24,9 +24,9 @@ class DualAdam(MomentOptimizer):
         theta <- theta - lr * [(1 - alpha) * m^ / d + alpha * m^ * d]
 
     With alpha = 1 throughout it is :class:`InvAdam`; from alpha = 0 on it is ``torch.optim.AdamW``, to rounding.
-    Source: Shi, Chen, Jin and Zhou, arXiv 2603.07122, and the authors' public code, which is followed where they
-    differ: the weight decay is decoupled, and any alpha below ``switch_rate`` is treated as 0. Unlike in the authors'
-    code, the step count is part of the state, so a resumed run continues where it stopped. ``normalize_inverse``,
+    Source: Shi, Chen, Jin and Zhou, arXiv 2603.07122, and the authors' public code. Where the two differ, this follows
+    the code: the weight decay is decoupled, and any alpha below ``switch_rate`` is treated as 0. Unlike in the code,
+    the step count is part of the state, so a resumed run continues where it stopped. ``normalize_inverse``,
     ``inverse_scale``, ``state_bits`` and ``master_weight_bits`` are ours.
 
     State per parameter: ``step`` (0-dim float32, on the CPU unless ``capturable``), ``exp_avg`` and ``exp_avg_sq``
@@ -113,8 +113,9 @@ class InvAdam(DualAdam):
     """InvAdam: multiplies the bias-corrected first moment by the root of the second, instead of dividing by it.
 
     :class:`DualAdam` with alpha = 1 throughout: ``theta <- theta - lr * m^ * (sqrt(v^) + eps)``. Its step is of the
-    order of lr * g^2, so it needs a much larger lr than Adam, or ``normalize_inverse=True``, which makes it
-    usable at Adam's learning rates. Source: arXiv 2603.07122; ``normalize_inverse`` and the options after it are ours.
+    order of lr * g^2, so it needs a much larger lr than Adam, or ``normalize_inverse=True``, which makes it usable at
+    Adam's learning rates. Source: arXiv 2603.07122; ``normalize_inverse``, ``inverse_scale``, ``state_bits`` and
+    ``master_weight_bits`` are ours.
 
     Args:
         params: as in :class:`DualAdam`, like all further arguments.

@@ -1,4 +1,4 @@
-"""Models in bfloat16 whose weights are trained with more bits: conversion, and export of float32 weights (ours)."""
+"""Conversion of models to bfloat16 for training with more bits, and export of the float32 weights (ours)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ def to_bfloat16(model: Module) -> Module:
 
     Normalization layers are recognized by the name of their class (LayerNorm, LlamaRMSNorm, BatchNorm2d). Their
     weights are few and near 1, where bfloat16 has steps of 1/256. They compute in float32 and return the dtype of
-    their input. Buffers are not changed, unlike with ``model.bfloat16()``, which also rounds the frequencies of rotary
-    embeddings. Train the model with ``master_weight_bits=24`` or 32, or updates smaller than
-    1/256 of a weight are lost.
+    their input. Buffers are not changed; ``model.bfloat16()`` would also round the frequencies of rotary embeddings.
+    Train the model with ``master_weight_bits=24`` or 32: otherwise updates smaller than 1/256 of a weight are lost.
 
     Args:
         model: any model; only float32 parameters are converted.
@@ -58,8 +57,8 @@ def master_state_dict(model: Module, optimizer: MomentOptimizer) -> dict[str, An
     optimizer holds the parameters and their corrections.
 
     Args:
-        model: the model that was trained.
-        optimizer: its optimizer; other parameters are converted without corrections.
+        model: the trained model.
+        optimizer: its optimizer; parameters that it does not have are converted without corrections.
 
     Returns:
         ``model.state_dict()`` with float16 and bfloat16 parameters in float32; tied parameters share a tensor.

@@ -7,26 +7,26 @@ module.
 8-bit moments (ours). Each row (all dimensions but the first, flattened) is divided into blocks of 128 elements, so
 that a split along the first dimension splits parameter, codes and scales alike.
 
-- ``exp_avg`` (signed): code q in -127..127 stands for sign(q) * (q / 127)^2 * scale, where ``exp_avg_scale`` is the
-  block's largest magnitude. Magnitudes below code 1 become 0 and those from code 16 on are rounded to nearest. Between
-  the two, where 0.9 * m is less than half a code away from m, rounding to nearest would keep m from decaying.
-- ``exp_avg_sq`` (>= 0): code 0 is exactly 0; 1..255 are equal steps of the float32 bit pattern, a piecewise linear
-  logarithm, between ``exp_avg_sq_min`` and ``exp_avg_sq_max``, the block's smallest positive and largest value; the
-  smallest is at most 40 octaves below the largest. So v has the same relative error at both ends of its range, as the
-  formula requires, since it divides by the root of v and multiplies by it. 0.999 * v is less than a code away from v,
-  so rounding to nearest would drift.
+- ``exp_avg`` (signed): code q in -127..127 represents sign(q) * (q / 127)^2 * scale; ``exp_avg_scale`` is the block's
+  largest magnitude. Magnitudes below code 1 become 0, and those from code 16 on are rounded to nearest. Between the
+  two, 0.9 * m is less than half a code away from m, so rounding to nearest would keep m from decaying.
+- ``exp_avg_sq`` (>= 0): code 0 is exactly 0; codes 1..255 are equal steps of the float32 bit pattern, a piecewise
+  linear logarithm, between ``exp_avg_sq_min`` and ``exp_avg_sq_max``, the block's smallest positive and largest value.
+  A minimum more than 40 octaves below the maximum is raised to that. So v has the same relative error at both ends of
+  its range, as the formula requires, which both divides and multiplies by the root of v. 0.999 * v is less than a code
+  away from v, so rounding to nearest would drift.
 
-A moment that is infinite or NaN spreads to its block: in ``exp_avg`` all elements become NaN, in ``exp_avg_sq`` all
-nonzero ones.
+An infinite or NaN moment spreads to its block: in ``exp_avg`` all elements become NaN, in ``exp_avg_sq`` all nonzero
+ones.
 
 Weights (ours). With ``master_weight_bits``, the trained weight is the half-precision parameter plus
 ``weight_correction``, an integer of 8 or 16 bits per element. For bfloat16 it holds the next 8 or all 16 bits of the
 float32 weight's bit pattern; for float16, it counts 1/254 or 1/65534 of the parameter's unit in the last place, so
-that half a unit is a whole number and every weight is within reach of a parameter and its correction.
+that half a unit is a whole number and a parameter and its correction can represent every weight.
 
-Where rounding to nearest is biased, :func:`dither` of the step is added before rounding down. Over the steps it takes
-all values in [0, 1) equally often, so the rounding is unbiased, like stochastic rounding but with less noise, and it
-is the same on every process, on every path and after resuming.
+Where rounding to nearest would be biased, :func:`dither` of the step is added before rounding down. Over the steps it
+takes all values in [0, 1) equally often, so the rounding is unbiased, like stochastic rounding but with less noise,
+and it is the same on every process, on every path and after resuming.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shapes and dtypes by 
 class MomentFormat:
     """A storage format of a moment. A new format is a subclass and an entry in :data:`MOMENT_FORMATS`.
 
-    A moment consists of an entry of a parameter's state with the name of the moment and the shape of the parameter,
-    and of further entries whose names start with that of the moment, such as scales. For a distributed parameter, all
-    of them are distributed along the same dimensions, and decoding and encoding work on this process's shards.
+    A moment consists of an entry in the parameter's state with the moment's name and the parameter's shape, and of
+    further entries whose names start with the moment's, such as scales. For a distributed parameter, all of them are
+    distributed along the same dimensions, and decoding and encoding work on this process's shards.
     """
 
     def fits(self, param: Tensor) -> bool:
@@ -240,9 +240,9 @@ def _code_width(low: Tensor, high: Tensor) -> Tensor:
 
 
 def dither_bits(step: Any, device: torch.device) -> Tensor:
-    """32 bits for a step, as a 0-dim int64: its multiple of 2^32 divided by the golden ratio.
+    """32 bits for a step, as a 0-dim int64: the step times 2^32 / (golden ratio), modulo 2^32.
 
-    Of all sequences of multiples, this one is distributed most evenly over any range of steps.
+    Of all such sequences of multiples, this one is distributed most evenly over any range of steps.
     """
     return (torch.as_tensor(step).to(device).long() * 0x9E3779B1) & 0xFFFFFFFF
 
@@ -326,7 +326,7 @@ def local_tensor(x: Tensor) -> Tensor:
 
 
 def _zeros(param: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros distributed like ``param``, with its strides where they have its shape."""
+    """Zeros distributed like ``param``, and with its strides if they have its shape."""
     if param.shape == shape:
         return zeros_like(param, dtype)
     local = local_tensor(param)

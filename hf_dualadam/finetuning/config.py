@@ -38,7 +38,7 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
-# Options that do not exist here, and what to do instead. They are ignored where they are false or null.
+# Options that do not exist here, and what to do instead. They are ignored if they are false or null.
 INSTEAD = {
     "streaming": "examples are loaded completely; use max_train_samples for fewer",
     "use_auth_token": "set token, or log in with `hf auth login`",
@@ -57,7 +57,7 @@ class InputError(ValueError):
 
 
 def training_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Defaults of the scripts where they differ from those of ``TrainingArguments``.
+    """Defaults of the scripts that differ from those of ``TrainingArguments``.
 
     Args:
         given: what the YAML file and the command line set, by name.
@@ -96,8 +96,8 @@ def parse(
     """Read ``[CONFIG.yaml] [--key value ...]`` into one instance of each dataclass.
 
     The file may also be JSON (``.json``). Options of Transformers' example scripts are accepted under their names.
-    A key that several dataclasses declare is passed to all of them. When the command line names another ``optim`` than
-    the file, the ``optim_args`` of the file are ignored.
+    A key that several dataclasses declare is passed to all of them. If the command line sets an ``optim`` that differs
+    from the file's, the ``optim_args`` of the file are ignored.
 
     Args:
         dataclass_types: the dataclasses, with or without ``TrainingArguments``.
@@ -180,7 +180,7 @@ def run_main(main: Callable[[], Any]) -> None:
 
 
 def _show_information() -> None:
-    """Log to stderr what is used, skipped or left out, from one process of a job; the others log errors only."""
+    """Log to stderr what is used, skipped or omitted, from one process of a job; the others log only errors."""
     ours = logging.getLogger("hf_dualadam")
     if ours.level == logging.NOTSET:
         ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
@@ -221,7 +221,7 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """Refuse values that TrainingArguments accepts but that would fail, or give nonsense, much later."""
+    """Refuse values that TrainingArguments accepts but that would fail, or produce nonsense, much later."""
     smallest = {
         "learning_rate": 0,
         "weight_decay": 0,

@@ -16,8 +16,8 @@ from transformers.trainer_pt_utils import find_batch_size
 class ExactEvaluation(Trainer):
     """Counts every example once on any number of processes, and weights batches by their number of items.
 
-    Where the examples do not divide among the processes, the last batches are padded with examples from the start of
-    the data; their loss does not count. A subclass defines what an item is.
+    If the examples cannot be divided evenly among the processes, the last batches are padded with examples from the
+    start of the data, whose loss does not count. A subclass defines what an item is.
 
     Attributes:
         evaluated_items: number of items in the latest evaluation.
@@ -48,7 +48,7 @@ class ExactEvaluation(Trainer):
         if loss is None:
             return loss, logits, labels
         counted, rows = inputs, find_batch_size(inputs)
-        if self._is_padded():  # on every process alike: sharded models need all of them for a forward pass
+        if self._is_padded():  # equal on all processes, as sharded models need all of them for a forward pass
             size = rows
             rows = min(max(self.accelerator.gradient_state.remainder - self.accelerator.process_index * size, 0), size)
             counted = {name: _first(value, max(rows, 1), size) for name, value in inputs.items()}

@@ -1,4 +1,4 @@
-"""Samples of a trained language model; what cannot be shown is skipped with a warning and never fails the run."""
+"""Samples from a trained language model. One that fails is skipped with a warning; it never fails the run."""
 
 import json
 import logging
@@ -20,12 +20,12 @@ FILE = "generation_results.json"
 def generate_samples(
     run: Run, *, prompts: list[str] | None, samples: int, max_new_tokens: int
 ) -> list[dict[str, str]]:
-    """Let the trained model complete prompts; written to generation_results.json in the output folder.
+    """Complete prompts with the trained model, and write them to generation_results.json in the output folder.
 
     Args:
         run: a finished run of a language model.
         prompts: by default from held-out examples.
-        samples: number of held-out examples at most; 0 for none (``prompts`` are used all the same).
+        samples: largest number of held-out examples; 0 for none (``prompts`` are used anyway).
         max_new_tokens: length of a completion in tokens.
 
     Returns:

@@ -1,6 +1,6 @@
 """Folders of images: first-level names are splits, second-level names are classes.
 
-Words elsewhere in a path have no meaning, neither in a file name nor in a class called "freight train".
+Words elsewhere in a path have no meaning, for example in a file name or in a class called "freight train".
 """
 
 import logging
@@ -28,9 +28,9 @@ class FoundImages(NamedTuple):
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folder of each split: the first-level folders if all are named like splits, else the whole is for training.
+    """The folder of each split: the first-level folders if all are named like splits, else all of it for training.
 
-    Folders without images do not decide this, but a folder with the name of a split is one even if it is empty.
+    Folders without images do not affect this choice, but a folder with the name of a split is one even if it is empty.
 
     Raises:
         InputError: only some of them have names of splits, or two of them mean the same split.

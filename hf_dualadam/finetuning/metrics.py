@@ -107,7 +107,7 @@ def majority_baseline(
 
     Args:
         metric: its first name is the main metric.
-        train: examples with a ``label`` column; where it is None, the held-out examples are counted.
+        train: examples with a ``label`` column; if None, the held-out examples are counted.
         held_out: examples with a ``label`` column, or None for no baseline.
     """
     if held_out is None or SCORES & set(metric.names):

@@ -189,7 +189,7 @@ def _with_adapter(model: PreTrainedModel, args: ModelArguments) -> PreTrainedMod
 
 
 def model_order(classes: tuple[str, ...], config: PretrainedConfig) -> tuple[str, ...]:
-    """The classes in the order of a model that was trained on them, else as they are; compared exactly first."""
+    """The classes in the order of the model if it was trained on them, else unchanged; exact matches come first."""
     of_model = [config.id2label[index] for index in sorted(config.id2label)]
     for write in (str, str.lower):
         place = {write(name): index for index, name in enumerate(of_model)}

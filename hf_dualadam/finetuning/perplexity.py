@@ -57,7 +57,7 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
         **kwargs: Any,
     ):
         self._unigram_log_probs: torch.Tensor | None = None
-        self._beginning = True
+        self._constructing = True
         self._names, self._prepared = names or {}, {} if prepared is None else prepared
         args.max_length = block_size or args.max_length
         if longest is not None and (args.max_length is None or args.max_length > longest):
@@ -68,7 +68,7 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
         # SFTTrainer requires training examples, even for evaluation only.
         given = eval_dataset if train_dataset is None else train_dataset
         super().__init__(train_dataset=given, eval_dataset=eval_dataset, args=args, **kwargs)
-        self._beginning = False
+        self._constructing = False
         if train_dataset is not None:
             rows = self.train_dataset[ROW] if ROW in self.train_dataset.column_names else None
             places = {row: place for place, row in enumerate(train_dataset[ROW])} if rows is not None else {}
@@ -94,9 +94,9 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
             left = super()._prepare_dataset(tokens, processing_class, args, packing, formatting_func, dataset_name)
             # The mean loss of a batch without targets, such as empty texts, would be NaN.
             left = left.filter(lambda row: any(label >= 0 for label in row["labels"][1:]))
-            if self._beginning:  # later datasets are subsets of these
+            if self._constructing:  # later datasets are subsets of these
                 special = [processing_class.eos_token_id, processing_class.pad_token_id]
-                _say_what_is_left(name, tokens, left, args.max_length, packing, special)
+                _report_used_tokens(name, tokens, left, args.max_length, packing, special)
             self._prepared[key] = left
         return self._prepared[key]
 
@@ -154,7 +154,7 @@ class PerplexityTrainer(ExactEvaluation, SFTTrainer):
             self._unigram_loss -= self._unigram_log_probs[targets[targets >= 0].cpu()].sum()
 
 
-def _say_what_is_left(
+def _report_used_tokens(
     name: str, whole: Dataset, left: Dataset, max_length: int | None, packing: bool, special: list[int | None]
 ) -> None:
     """Log the fraction of tokens used and the number of dropped examples.

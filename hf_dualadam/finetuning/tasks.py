@@ -28,7 +28,7 @@ class Task:
     Attributes:
         name: short name, used in file names: "sst2".
         build_model: returns a new model; its random weights come from torch's global generator. With
-            ``trained=True`` it raises InputError where the checkpoint lacks some weights (a head for this task).
+            ``trained=True`` it raises InputError if the checkpoint lacks some weights (a head for this task).
         train_dataset: training examples (a ``datasets.Dataset`` with a label column, which may be subset or changed),
             or None without training.
         eval_datasets: held-out examples by suffix of their metrics' names: ``{"": ...}``, for MNLI

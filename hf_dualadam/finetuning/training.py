@@ -1,7 +1,7 @@
 """Train and evaluate one task with one optimizer, for the scripts and for comparisons.
 
-``run(task, args)`` is the entry point. A comparison builds a :class:`Task` once and calls ``run`` for every
-optimizer, learning rate and seed with other ``TrainingArguments``; the trained model and the data stay within reach.
+``run(task, args)`` is the entry point. A comparison builds a :class:`Task` once and calls ``run`` with different
+``TrainingArguments`` for every optimizer, learning rate and seed; the trained model and the data remain accessible.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ class _Start(TrainerCallback):
             self.lock.release()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Everything is built, and the other callbacks, which run before this one, have accepted it."""
+        """Begin: everything is built, and the other callbacks, which run before this one, have accepted it."""
         self.begin(args)
 
 
@@ -293,7 +293,7 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=there) as trial:
             where = folder
             for name in set(path.parts[len(there.parts) :]) - {".."}:
-                (Path(trial) / name).mkdir()  # it may be too long, or hold characters that the file system refuses
+                (Path(trial) / name).mkdir()  # it may be too long, or have characters that the file system rejects
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise

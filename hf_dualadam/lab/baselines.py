@@ -26,7 +26,7 @@ OLD_TRAINER = importlib.util.find_spec("transformers.trainer_optimizer") is None
 
 
 class TrainerSAM(SAM):
-    """SAM whose ``step`` is the second half only: restore the weights, then step with the base optimizer.
+    """SAM whose ``step`` does only the second half: restore the weights, then step with the base optimizer.
 
     Trainer calls ``step`` without a closure, after :class:`SAMTrainer` has perturbed the weights and computed the
     second gradient, so clipping applies to the gradient that is used.
@@ -164,7 +164,7 @@ class OptimizerSetting:
         if self.inverse_parameters is None:
             return
         if self.baseline.optim != "dualadam":
-            raise InputError(f"inverse_parameters: {self.base} has no such phase")
+            raise InputError(f"inverse_parameters: {self.base} has no inverse phase")
         try:
             re.compile(self.inverse_parameters)
         except re.error as error:

@@ -8,8 +8,8 @@ r"""Compare how well optimizers generalize, with equal budgets, on your task.
 The YAML file defines tasks and optimizers. With --script (or --module), the task is a Trainer script of yours, which
 is run unmodified with the arguments after -- and those of the optimizer. The command chooses the learning rate of each
 optimizer, runs all seeds at it, and writes results.csv, report.md and plots to output_dir. It can be interrupted;
-rerun the same command to resume. --jobs N starts N workers, each on its own GPU if there are GPUs. The same command on
-several machines with a common --storage shares the runs.
+rerun the same command to resume. --jobs N starts N workers, each on its own GPU if there are GPUs. To share the runs
+among machines, run the same command on each with a common --storage.
 """
 
 from __future__ import annotations
@@ -351,8 +351,8 @@ def _gpus() -> list[str]:
 def _worker_environment(index: int, jobs: int, gpus: list[str]) -> dict[str, str]:
     """Assign each worker a GPU, or an equal number of cores.
 
-    Waiting threads that spin slow down other workers on the same cores by a factor of 7 and more.
-    OpenMP reads both settings when torch is loaded.
+    Threads that spin while they wait slow other workers on the same cores down by a factor of 7 or more. OpenMP reads
+    both settings when torch is loaded.
     """
     if gpus:
         return {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]}
@@ -379,7 +379,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def run_command(argv: list[str] | None = None) -> None:
-    """:func:`main` as a program: errors of input and Ctrl-C are one line on stderr, with exit status 2 and 130."""
+    """:func:`main` as a program: an input error or Ctrl-C is one line on stderr, with exit status 2 or 130."""
     logging.getLogger("hf_dualadam").setLevel(logging.ERROR)  # its warnings concern single runs
     try:
         run_main(lambda: main(argv))

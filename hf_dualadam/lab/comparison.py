@@ -43,8 +43,8 @@ class TaskSetting:
         arguments: options of the script, including TrainingArguments; ``max_steps`` is required.
         learning_rate: center of the range of Adam's learning rates.
         learning_rates: the rates to try, the same for all optimizers; instead of ``learning_rate``.
-        selection_fraction: fraction of the training examples that is set aside to choose the learning rate.
-        label_noise: fraction of the remaining training labels that is replaced by random classes.
+        selection_fraction: fraction of the training examples set aside to choose the learning rate.
+        label_noise: fraction of the remaining training labels replaced by random classes.
     """
 
     script: str
@@ -404,7 +404,7 @@ def _optimizer(name: str, values: Any, switch_fraction: float) -> OptimizerSetti
         fraction = values["switch_fraction"]
         _check(0 < fraction <= 1, f"{where}.switch_fraction", fraction, "in (0, 1]")
     elif "switch_fraction" in values:
-        raise InputError(f"{where}.switch_fraction: {base} has no such phase")
+        raise InputError(f"{where}.switch_fraction: {base} has no inverse phase")
     return _build(OptimizerSetting, values | {"base": base}, where)
 
 

@@ -37,7 +37,7 @@ class Laboratory:
         return self._of(task).metric
 
     def facts(self, task: str) -> dict[str, Any]:
-        """Numbers of examples of a task for the report, where they are known."""
+        """Numbers of examples of a task for the report, if known."""
         return self._of(task).facts
 
     def execute(self, spec: RunSpec) -> dict[str, Any]:

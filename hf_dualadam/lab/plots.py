@@ -18,7 +18,7 @@ from .comparison import CURVE_COLUMNS
 from .metric import Metric
 from .significance import Difference, mean_interval
 
-# The colors of Okabe and Ito, which color-blind readers can distinguish, without yellow, which is faint on white.
+# Okabe and Ito's colors, which color-blind readers can distinguish, except yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vP*"
 LINES = ("-", "--", "-.", ":")
@@ -120,14 +120,14 @@ def draw_all(
     )
     series(
         "sharpness_gap.png",
-        "Sharpness (largest Hessian eigenvalue of the training loss) against the gap of the loss, one mark a run.",
+        "Sharpness (largest Hessian eigenvalue of the training loss) against the gap of the loss, one mark per run.",
         final[final["hessian_top_eigenvalue"] > 0].dropna(subset="gap_loss"),
         lambda axes, task, data: style.scatter(axes, data),
         lines=False,
     )
     series(
         "learning_rates.png",
-        "Learning-rate sensitivity: selection metric, mean over the selection seeds; crosses at the foot: failed.",
+        "Learning-rate sensitivity: mean selection metric over its seeds; crosses at the bottom: failed runs.",
         runs[runs["role"] == "selection"],
         lambda axes, task, data: style.rates(axes, data, metrics[task]),
     )
@@ -140,7 +140,7 @@ def draw_all(
     ):
         series(
             f"curves_{column}.png",
-            f"{what} during training: mean over the seeds, the band spans all of them.",
+            f"{what} during training: mean over the seeds, with their range as a band.",
             logged.dropna(subset=column),
             lambda axes, task, data, c=column, y=label, s=scale: style.curves(
                 axes, data, c, y(metrics[task]), s(metrics[task])
@@ -148,7 +148,7 @@ def draw_all(
         )
     series(
         "curves_inverse_share.png",
-        "Norm of the inverse part over the norm of the whole update: mean over the seeds, the band spans all of them.",
+        "Norm of the inverse part over the norm of the whole update: mean over the seeds, with their range as a band.",
         logged[logged["inverse_share"] > 0],
         lambda axes, task, data: style.curves(
             axes, data, "inverse_share", "inverse part of the update [%]", 100, "log"

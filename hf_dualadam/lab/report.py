@@ -64,7 +64,7 @@ def write_report(folder: Path) -> Path:
         raise InputError(f"output_dir: {folder} holds no results to report on ({error.filename} is missing)") from None
     if "references" not in study:
         raise InputError(
-            f"output_dir: {folder / STUDY} is of an older version; run the comparison again to report on it"
+            f"output_dir: {folder / STUDY} was written by an older version; run the comparison again for a report"
         )
     if runs.empty:
         raise InputError(f"output_dir: no run of {folder} has finished yet")
@@ -104,13 +104,13 @@ class _Report:
             *self._flatness(),
             "## Learning rates",
             *self._rates(),
-            "## Runs that failed",
+            "## Failed runs",
             *self._failures(),
             "## Protocol",
             *self._protocol(),
             "## Plots",
             *(_picture(name, caption) for name, caption in captions.items() if name not in shown_first),
-            "## How to repeat it",
+            "## How to reproduce it",
             f"```\n{self.study['command']}\n```",
             "Versions: " + ", ".join(f"{name} {version}" for name, version in self.study["versions"].items()) + ".",
         ]
@@ -121,7 +121,7 @@ class _Report:
 
     def _answer(self) -> Iterable[str]:
         if len(self.runs) < self.study["runs"]:
-            yield f"**Not finished: {len(self.runs)} of {self.study['runs']} runs are in.**"
+            yield f"**Not finished: {len(self.runs)} of {self.study['runs']} runs have finished so far.**"
         yield from self._summaries()
         verdicts = [
             f"- {optimizer} on {task}: {verdict(difference, self.metrics[task].scale, self.metrics[task].unit)}."
@@ -134,16 +134,16 @@ class _Report:
         if verdicts:
             yield "\n".join(verdicts)
         else:
-            yield "No optimizer with an inverse part has two seeds in common with a reference, so nothing can be said."
+            yield "No optimizer with an inverse part has two seeds in common with a reference, so there is no answer."
         shared = [task for task in self.tasks if self.study["tasks"][task]["shares_selection"]]
         if shared:
             yield (
-                f"**Choosing and scoring share one set** on {_list(shared)}: the script scores no other data, so the "
-                "learning rates were chosen on the data of the final score, which flatters all optimizers alike."
+                f"**The learning rate and the final score use the same data** for {_list(shared)}, since the script "
+                "scores no other data. This makes the scores of all optimizers a little too good."
             )
 
     def _summaries(self) -> Iterable[str]:
-        """One sentence per reference on what is shown of the optimizers with an inverse part."""
+        """One sentence per reference on how the optimizers with an inverse part compare with it."""
         ours = [name for name, setting in self.study["optimizers"].items() if setting["has_inverse"]]
         references = dict.fromkeys(reference for name in ours for reference in self.references[name])
         for reference in references:
@@ -157,9 +157,9 @@ class _Report:
             worse = [what for what, difference in found.items() if difference.significant and difference.mean < 0]
             if found:
                 yield (
-                    f"**Against {reference}**, shown better: {_list(better) or 'none'}; shown worse: "
-                    f"{_list(worse) or 'none'}; not shown to differ: {len(found) - len(better) - len(worse)} of "
-                    f"{len(found)}."
+                    f"**Compared with {reference}**, significantly better: {_list(better) or 'none'}; significantly "
+                    f"worse: {_list(worse) or 'none'}; no significant difference: "
+                    f"{len(found) - len(better) - len(worse)} of {len(found)}."
                 )
 
     def _protocol(self) -> Iterable[str]:
@@ -176,33 +176,33 @@ class _Report:
             "and scored once on the held-out data. Equal seeds share initial weights and data order, so differences "
             "are taken seed by seed: paired t tests, with Holm's correction over all differences of a task; better "
             f'and worse are claimed below p = {SIGNIFICANT:g}. "Within X with 95 % confidence" gives the smallest '
-            "margin at which two one-sided paired t tests at 5 % (TOST) show equivalence. Fractions are shown times "
-            "100. Diverged runs count with the score they reached; crashed ones have none and are listed."
+            "margin at which two one-sided paired t tests at 5 % (TOST) show equivalence. Fractions are multiplied by "
+            "100. Diverged runs count with their last score; crashed ones have no score and are listed."
         )
         kinds = [name for name, task in study["tasks"].items() if not task["is_script"]]
         if kinds:
             yield (
-                "The selection split is carved out of the training data. The training metric and loss are measured "
+                "The selection split is taken from the training data. The training metric and loss are measured "
                 "after training, on at most as many training examples as there are held-out ones, with the labels "
                 "used for training. Gaps: how much worse the held-out metric is than the training metric; held-out "
                 "minus training loss. Sharpness is that of the training loss on a fixed set of "
                 f"{sharpness['examples']} training examples, without dropout: largest Hessian eigenvalue (Lanczos, "
                 f"{sharpness['lanczos_steps']} products), trace (Hutchinson, {sharpness['trace_samples']} products), "
-                f"and loss rise at distance {sharpness['rho']:g} along the gradient. Time is that of the training "
-                "alone; memory is the process's highest during the run."
+                f"and loss rise at distance {sharpness['rho']:g} along the gradient. Time is that of training alone; "
+                "memory is the peak of the process during the run."
             )
         scripts = {name: task for name, task in study["tasks"].items() if task["is_script"]}
         for name, task in scripts.items():
             yield (
-                f"{name} is `{task['script'] or task['module']}`, run unmodified; what it trains and scores on is its "
-                f"own affair. Learning rates are chosen by `{task['metric']}`, the final score is "
+                f"{name} is `{task['script'] or task['module']}`, run unmodified, which itself determines the data it "
+                f"trains and scores on. Learning rates are chosen by `{task['metric']}`; the final score is "
                 f"`{task['heldout_metric'] or task['metric']}`. Training metric, gaps and sharpness are not measured."
             )
         rows = [
             {
                 "task": name,
                 "metric": self.metrics[name].words,
-                "steps": task["steps"] or "the script's",
+                "steps": task["steps"] or "set by the script",
                 "training / selection / held out": " / ".join(
                     str(task[f"{part}_examples"]) for part in ("train", "selection", "heldout")
                 ),
@@ -221,9 +221,9 @@ class _Report:
         yield _table(
             {
                 "optimizer": name,
-                "is": setting["base"],
+                "base": setting["base"],
                 "options": setting["optim_args"],
-                "gradients a step": setting["gradients_per_step"],
+                "gradients per step": setting["gradients_per_step"],
             }
             for name, setting in study["optimizers"].items()
         )
@@ -232,8 +232,8 @@ class _Report:
         data, metric = self._of(task), self.metrics[task]
         yield f"## {task}"
         yield (
-            f"Mean ± half the 95 % interval over {data['seed'].nunique()} seeds, {metric.label}; differences, "
-            "positive where better, with their corrected p-value."
+            f"Mean ± half the 95 % interval over {data['seed'].nunique()} seeds, {metric.label}. Differences are "
+            "positive if the optimizer is better than the reference; p-values are corrected."
         )
         found = self.differences[task]
         references = [name for name in self._optimizers(data) if any(pair[1] == name for pair in found)]
@@ -268,7 +268,7 @@ class _Report:
             {
                 "top eigenvalue": ("hessian_top_eigenvalue", 1),
                 "trace": ("hessian_trace", 1),
-                "rise in the ball": ("ball_sharpness", 1),
+                "loss rise in the ball": ("ball_sharpness", 1),
             },
         )
         costs = {"steps": "steps", "seconds": "seconds", "memory [MiB]": "peak_memory_mb"}
@@ -299,14 +299,14 @@ class _Report:
         inverse = [name for name, setting in self.study["optimizers"].items() if setting["has_inverse"]]
         data = self.final[self.final["optimizer"].isin(inverse)].dropna(subset=list(SHARE_POINTS), how="all")
         if data.empty and inverse:
-            yield "It was not logged."
+            yield "The inverse share was not logged."
             return
         if data.empty:
             yield "No optimizer of this comparison has an inverse part."
             return
         yield (
             "Norm of the inverse part over the norm of the whole update, in percent, after 1 %, 10 % and 50 % of the "
-            "steps (mean over the seeds). Below 1 % the run is in effect AdamW with a linear warm-up."
+            "steps (mean over the seeds). Below 1 %, the run is in effect AdamW with a linear warm-up."
         )
         mean = 100 * data.groupby(["task", "optimizer"], sort=False)[list(SHARE_POINTS)].mean()
         mean.columns = [f"at {share:.0%} of the steps" for share in SHARE_POINTS.values()]
@@ -342,16 +342,16 @@ class _Report:
             if len(tried) > 1 and chosen in (min(tried), max(tried)):
                 at_edge.append(f"{optimizer} on {task} ({chosen:.3g} of {', '.join(f'{rate:.3g}' for rate in tried)})")
         if at_edge:
-            yield "The chosen rate is the lowest or the highest that was tried for: " + "; ".join(at_edge) + "."
+            yield "The chosen rate is the lowest or highest tried for: " + "; ".join(at_edge) + "."
         else:
-            yield "No optimizer's chosen rate is at the edge of the range that was tried."
+            yield "No chosen rate is at the edge of the range tried."
 
     def _failures(self) -> Iterable[str]:
         failed = self.runs[self.runs["status"] != "ok"]
         if failed.empty:
-            yield f"None of {len(self.runs)}."
+            yield f"None of the {len(self.runs)} runs failed."
             return
-        yield f"{len(failed)} of {len(self.runs)}."
+        yield f"{len(failed)} of the {len(self.runs)} runs failed."
         yield _table(
             {
                 "task": run["task"],

@@ -1,6 +1,6 @@
 """Share the runs of a comparison among processes and machines through an Optuna storage.
 
-Optuna holds one trial per run and assigns each to one worker. Two rules complete this: the trial of a run is the first
+Optuna has one trial per run and assigns each to one worker. Two rules complete this: the trial of a run is the first
 one with its key that is not lost (so two workers may add the same run), and a running trial whose heartbeat has
 stopped is lost (so killed workers need no cleanup).
 """
@@ -48,7 +48,7 @@ class RunQueue:
         storage: shared by all workers.
         name: of the comparison; a storage can hold several.
         heartbeat: seconds between heartbeats of a running trial.
-        patience: seconds without a heartbeat after which a trial is lost; clocks of machines are not compared.
+        patience: seconds without a heartbeat after which a trial is lost, on the clock of the machine that waits.
     """
 
     def __init__(self, storage: BaseStorage, name: str, heartbeat: float = 5.0, patience: float = 45.0):
@@ -114,7 +114,7 @@ class RunQueue:
             thread.join()
 
     def finish(self, key: str, result: Any, value: float | None) -> None:
-        """Store the result of a claimed run, even if it has been considered lost; the first result is kept.
+        """Store the result of a claimed run, even if the run was considered lost; the first result is kept.
 
         Args:
             key: the run.

@@ -50,8 +50,8 @@ class ScriptRuns:
             curves: receives the logged values.
 
         Raises:
-            InputError: the first run of the script fails before it trains (mostly due to wrong arguments), or it does
-                not report the metric.
+            InputError: the first run of the script fails before it trains (usually due to wrong arguments), or the
+                script does not report the metric.
             RuntimeError: the script fails in another way.
         """
         folder = self.folder / spec.slug
@@ -103,15 +103,15 @@ class ScriptRuns:
             )
 
         name, value = find("metric", self.setting.metric)
-        scores = {"selection_metric": value, "selection_loss": _loss_beside(name, metrics)}
+        scores = {"selection_metric": value, "selection_loss": _loss_on_same_data(name, metrics)}
         if final:
             name, value = find("heldout_metric", self.setting.heldout_metric or self.setting.metric)
-            scores |= {"heldout_metric": value, "heldout_loss": _loss_beside(name, metrics)}
+            scores |= {"heldout_metric": value, "heldout_loss": _loss_on_same_data(name, metrics)}
         return {"heldout_metric": None, "heldout_loss": None} | scores
 
 
-def _loss_beside(name: str, metrics: dict[str, float]) -> float | None:
-    """The key of the loss on the same data as a metric: eval_loss for eval_accuracy."""
+def _loss_on_same_data(name: str, metrics: dict[str, float]) -> float | None:
+    """The loss on the data of a metric: eval_loss for eval_accuracy."""
     return metrics.get(f"{name.partition('_')[0]}_loss")
 
 

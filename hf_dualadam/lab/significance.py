@@ -24,13 +24,13 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Difference of one optimizer to a reference on the same seeds.
+    """Difference between an optimizer and a reference on the same seeds.
 
     Attributes:
         optimizer: name.
-        reference: name of the other.
+        reference: name of the reference.
         pairs: number of seeds finished by both.
-        mean: mean difference, optimizer minus reference; positive where the optimizer is better.
+        mean: mean difference, optimizer minus reference; positive if the optimizer is better.
         low, high: its 95 % t interval.
         margin: the smallest margin within which the two are equivalent by two one-sided paired t tests (TOST) at the
             5 % level: the larger end of the 90 % interval in absolute value.
@@ -120,7 +120,7 @@ def verdict(difference: Difference, scale: float = 100.0, unit: str = "points") 
     """Describe a difference: better, worse, or equivalent within a margin.
 
     Args:
-        difference: positive where the optimizer is better.
+        difference: positive if the optimizer is better.
         scale: factor of the values shown.
         unit: of the values shown.
     """

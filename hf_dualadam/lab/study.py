@@ -35,9 +35,10 @@ class Study:
         return runs
 
     def work(self, execute: Callable[[RunSpec], dict[str, Any]]) -> Iterator[tuple[RunSpec, Results]]:
-        """Execute runs until none is left, here or at another worker.
+        """Execute runs until all are finished, by this worker or another one.
 
-        Final runs go seed by seed, so that a comparison that is interrupted has equally many of every optimizer.
+        Final runs are in the order of their seeds, so that an interrupted comparison has about the same number for
+        every optimizer.
 
         Args:
             execute: executes one run; its result holds ``row``, ``curves`` and ``score``.

@@ -1,9 +1,9 @@
-"""Makes the optimizers known to every Python process that one started under ``hf-dualadam`` starts.
+"""Registers the optimizers in every Python process that is started, directly or indirectly, under ``hf-dualadam``.
 
-A child process inherits environment variables, whoever starts it: multiprocessing, subprocess, os.exec, torchrun,
-accelerate, a shell script. Python imports a module named ``sitecustomize`` at its start, and finds the one in this
-folder through ``PYTHONPATH``. That one waits until transformers or timm is imported, so other Python programs pay next
-to nothing. Processes that get another environment, or run Python with -I, -E or -S, are not reached.
+A child process inherits environment variables, whatever starts it: multiprocessing, subprocess, os.exec, torchrun,
+accelerate, a shell script. At startup, Python imports a module named ``sitecustomize``, and finds the one in this
+folder through ``PYTHONPATH``. That module waits until transformers or timm is imported, so it costs other Python
+programs almost nothing. It has no effect in a process with another environment or in Python run with -I, -E or -S.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ OPTIM, OPTIM_ARGS = "HF_DUALADAM_OPTIM", "HF_DUALADAM_OPTIM_ARGS"
 def reach_children(
     environment: MutableMapping[str, str], optim: str | None = None, optim_args: str | None = None
 ) -> None:
-    """Change an environment so that the Python processes started with it know the optimizers.
+    """Change an environment so that Python processes started with it register the optimizers.
 
     Args:
         environment: environment variables, such as ``os.environ``.
-        optim: what these processes use in place of any other ``TrainingArguments.optim``. Default None: as their
-            arguments say.
-        optim_args: the ``optim_args`` for it. Default None: none.
+        optim: replaces ``TrainingArguments.optim`` in these processes. Default None: it is not replaced.
+        optim_args: the ``optim_args`` for it. Default None: no options.
     """
     here = str(Path(__file__).parent)
     path = environment.get("PYTHONPATH")

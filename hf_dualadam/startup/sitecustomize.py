@@ -1,6 +1,6 @@
 """Imported by Python at the start of a process under ``hf-dualadam``; see the package that it is in.
 
-Only the standard library, and no syntax of newer Pythons: any Python that finds ``PYTHONPATH`` runs this.
+Uses only the standard library, and no syntax of newer Pythons: any Python with this ``PYTHONPATH`` runs it.
 """
 
 import os
@@ -19,13 +19,13 @@ ROOTS = {
 
 
 class RegisterFirst:
-    """Finds no modules, but registers the optimizers before the modules that they are registered with are used."""
+    """A finder that finds nothing, but registers the optimizers before a module they are registered with is used."""
 
     def __init__(self):
         self.done = set()
 
     def find_spec(self, name, path=None, target=None):
-        """Register if this is the first import that needs it; the module itself is then imported already."""
+        """Register if this is the first import that needs it, which also imports the module itself."""
         registering = ROOTS.get(name)
         if registering is None or registering in self.done:
             return None
@@ -35,7 +35,7 @@ class RegisterFirst:
         try:
             __import__(registering)
         except Exception as error:
-            sys.stderr.write(f"hf-dualadam: the optimizers are not known in this process: {error}\n")
+            sys.stderr.write(f"hf-dualadam: the optimizers are not registered in this process: {error}\n")
         module = sys.modules.get(name)
         if module is not None:  # the import continues with the module's own spec and would run it again
             module.__spec__ = machinery.ModuleSpec(name, Imported(module), origin=module.__spec__.origin)
@@ -43,7 +43,7 @@ class RegisterFirst:
 
 
 class Imported:
-    """Loads a module that registering has imported already."""
+    """A loader for a module that is already imported."""
 
     def __init__(self, module):
         self.module, self.spec = module, module.__spec__
@@ -53,15 +53,15 @@ class Imported:
         return self.module
 
     def exec_module(self, module):
-        """Only put back what the import system has replaced."""
+        """Restore the spec, which the import system has replaced; the code has already run."""
         module.__spec__ = self.spec
 
 
 class FindPackage:
-    """Finds the package where it is not installed: in the checkout whose launcher has started the process."""
+    """A finder of this package if it is not installed: in the checkout whose launcher started the process."""
 
     def find_spec(self, name, path=None, target=None):
-        """The package beside this folder."""
+        """Find the package that contains this folder."""
         if name != "hf_dualadam":
             return None
         folder = os.path.dirname(HERE)
@@ -71,7 +71,7 @@ class FindPackage:
 
 
 def run_the_other():
-    """Run the sitecustomize that Python would have found without this one, in its place."""
+    """Run the sitecustomize module that Python would have found without this one."""
     spec = machinery.PathFinder.find_spec("sitecustomize")
     if spec is not None and spec.loader is not None:
         module = util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""The callback of a running Trainer: it plans the switch, logs statistics and warns."""
+"""The callback of a running Trainer: plans the switch, logs statistics and warns."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DIVERGING_STEP = 0.1
 
 
 class DualAdamCallback(TrainerCallback):
-    """Resolves ``switch_fraction``, releases gradients, logs what the inverse part does, and warns.
+    """Resolves ``switch_fraction``, releases gradients, logs the effect of the inverse part, and warns.
 
-    With every training log of Trainer it adds ``alpha``, ``inverse_share`` and ``inverse_rms_ratio``
+    To every training log of Trainer it adds ``alpha``, ``inverse_share`` and ``inverse_rms_ratio``
     (:class:`~hf_dualadam.diagnostics.InverseStatistics`), measured on logging steps only. Every Trainer gets one when
-    ``hf_dualadam`` is imported; with other optimizers it changes nothing, and only warns of a loss that is scaled
+    ``hf_dualadam`` is imported. With other optimizers it changes nothing; it only warns about a loss that is scaled
     wrongly (:mod:`~hf_dualadam.trainer.loss_scaling`).
     """
 
@@ -48,25 +48,25 @@ class DualAdamCallback(TrainerCallback):
         """Check ``optim_args`` as soon as there is a Trainer.
 
         Raises:
-            ValueError: see :func:`parse_optim_args`; ``release_gradients`` with what excludes it.
+            ValueError: as :func:`parse_optim_args`; or ``release_gradients`` with an option that excludes it.
         """
         if args.optim in OPTIMIZERS:
             parse_optim_args(args.optim_args, OPTIMIZERS[args.optim])
             _check_release(args)
 
     def plan(self, args: TrainingArguments, optimizer: Any, steps: int) -> None:
-        """Turn ``switch_fraction`` into a rate, each time that Trainer plans a training.
+        """Turn ``switch_fraction`` into a rate, each time Trainer plans a run.
 
-        Trainer plans when ``train`` is called, and again when ``auto_find_batch_size`` changes the batch size; a
-        checkpoint is loaded after that, and its rates replace these. Parameter groups with their own rate keep it.
+        Trainer does so when ``train`` is called, and again when ``auto_find_batch_size`` changes the batch size. A
+        checkpoint is loaded later, and its rates replace these. Parameter groups with their own rate keep it.
 
         Args:
             args: the ``TrainingArguments``.
             optimizer: the optimizer, with its wrappers.
-            steps: planned optimizer steps, over the whole training.
+            steps: planned optimizer steps of the whole run.
 
         Raises:
-            ValueError: the phase is longer than the largest step count.
+            ValueError: the inverse phase is longer than the largest step count.
         """
         inner = _unwrap(optimizer)[-1]
         fraction = _switch_fraction(args, inner)
@@ -97,7 +97,7 @@ class DualAdamCallback(TrainerCallback):
         """Report the switch, and stop if DeepSpeed has replaced the optimizer or would change its results.
 
         Raises:
-            RuntimeError: another optimizer would run than the one asked for, or the option cannot be honored.
+            RuntimeError: the requested optimizer would not be used, or an option cannot be honored.
             ValueError: ``release_gradients`` is not possible with these arguments.
         """
         self._warned.clear()
@@ -113,9 +113,9 @@ class DualAdamCallback(TrainerCallback):
                 "normalize_inverse needs whole tensors, and DeepSpeed's ZeRO flattens them: set "
                 "normalize_inverse=false, or use FSDP2 instead of ZeRO."
             )
-        if self._planned_steps != state.max_steps:  # a Trainer with its own create_scheduler does not report its plan
+        if self._planned_steps != state.max_steps:  # a Trainer with its own create_scheduler does not call plan()
             self.plan(args, optimizer, state.max_steps)
-        for group in inner.param_groups:  # checkpoints of version 0.1 and before hold Trainer's plan
+        for group in inner.param_groups:  # checkpoints of version 0.1 and earlier contain these
             for key in ("switch_fraction", "planned_steps"):
                 group.pop(key, None)
         if _check_release(args) and model is not None:
@@ -129,13 +129,13 @@ class DualAdamCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         if self._release is not None:
             self._release.remove()
             self._release = None
 
     def _end_stale_releases(self, model: torch.nn.Module | None, inner: Any) -> None:
-        """End what a training that was stopped by an error has left behind."""
+        """Remove hooks left over from a run that was stopped by an error."""
         for release in releases(trained_module(model)):
             if release is self._release or release.optimizer is not inner:
                 release.remove()
@@ -157,18 +157,18 @@ class DualAdamCallback(TrainerCallback):
         statistics = inverse_statistics(inner, _is_partitioned(optimizer))
         if statistics is None:
             return
-        figures = {name: getattr(statistics, name) for name in ("alpha", "inverse_share", "inverse_rms_ratio")}
+        metrics = {name: getattr(statistics, name) for name in ("alpha", "inverse_share", "inverse_rms_ratio")}
         if state.log_history and logs.keys() <= state.log_history[-1].keys():
-            state.log_history[-1].update(figures)
+            state.log_history[-1].update(metrics)
         self._warn(statistics, _loss(logs), state.global_step, type(inner).__name__)
-        logs.update(figures)
+        logs.update(metrics)
 
     def _report_switch(self, args: TrainingArguments, state: TrainerState, inner: torch.optim.Optimizer) -> None:
-        """Warn in one line if the switch to AdamW is not where the options put it."""
+        """Prepare a one-line warning if the switch to AdamW will not come when the options say."""
         fraction = _switch_fraction(args, inner)
         if fraction is not None and self._planned_groups:
             rate = inner.param_groups[self._planned_groups[0]]["switch_rate"]
-            inner.defaults["switch_rate"] = rate  # what these groups use from now on
+            inner.defaults["switch_rate"] = rate  # these groups use it from now on
         else:
             rate = max(group["switch_rate"] for group in inner.param_groups)
         if rate == 0:  # InvAdam
@@ -178,30 +178,30 @@ class DualAdamCallback(TrainerCallback):
         steps = state.max_steps
         if fraction is not None and not math.isclose(rate, switch_rate(fraction, steps), rel_tol=1e-6):
             text = (
-                f"This run keeps the switch of its checkpoint: alpha is 0 from step {last + 1} of {steps} on, where "
+                f"This run keeps the switch of its checkpoint: alpha is 0 from step {last + 1} of {steps} on, while "
                 f"switch_fraction={fraction:g} asks for step {last_inverse_step(switch_rate(fraction, steps)) + 1}. "
                 "For a new plan, start a new run from the model's weights."
             )
         elif done > state.global_step:
             inverse_steps = max(0, min(last - done, steps - state.global_step))
             text = (
-                f"The optimizer has made {done} steps before this training, and they count towards the switch: "
+                f"The optimizer made {done} steps before this training, and they count towards the switch: "
                 f"{inverse_steps} of {steps - state.global_step} steps have an inverse part"
-                + (f", where switch_fraction={fraction:g} asks for {last}" if fraction is not None else "")
-                + ". For a whole inverse phase, build a new Trainer."
+                + (f", while switch_fraction={fraction:g} asks for {last}" if fraction is not None else "")
+                + ". For a whole inverse phase, create a new Trainer."
             )
         elif last == 0 and (fraction is not None or rate < 1):
             asked = (
                 f"switch_fraction={fraction:g} of {steps} steps" if fraction is not None else f"switch_rate={rate:g}"
             )
             text = (
-                f"{asked} leaves no step for the inverse phase: alpha is 0 from step 1 and this run is AdamW's. The "
-                "phase has to last 2 steps or more."
+                f"{asked} leaves no step for the inverse phase: alpha is 0 from step 1, so this run is AdamW's. "
+                "The phase must last at least 2 steps."
             )
         else:
             return
         self._report = text
-        if not args.auto_find_batch_size:  # otherwise reported when a batch size has been found
+        if not args.auto_find_batch_size:  # otherwise reported once a batch size has been found
             self._say_report(state)
 
     def on_step_end(
@@ -233,7 +233,7 @@ class DualAdamCallback(TrainerCallback):
             self._warn_once(
                 "small",
                 f"The inverse part of {name} is too small to matter: {s.inverse_share:.2g} of the update at step "
-                f"{step} (alpha {s.alpha:.2f}). This run is in effect AdamW with a linear warm-up; set optim_args"
+                f"{step} (alpha {s.alpha:.2f}). In effect, this run is AdamW with a linear warm-up; set optim_args"
                 " normalize_inverse=true to give the inverse part the size of Adam's.",
             )
 
@@ -244,7 +244,7 @@ class DualAdamCallback(TrainerCallback):
 
     @staticmethod
     def _check_other_optimizer(args: TrainingArguments, inner: Any) -> None:
-        """Warn if the optimizer is not the one ``optim`` names, or continues from a checkpoint of ours."""
+        """Warn if the optimizer is not the one that ``optim`` names, or continues from a checkpoint of ours."""
         name = type(inner).__name__
         if args.optim in OPTIMIZERS:
             if type(inner).__module__.startswith("deepspeed"):
@@ -275,8 +275,8 @@ def switch_rate(fraction: float, steps: int) -> float:
         steps: planned optimizer steps.
 
     Returns:
-        ``1 / (fraction * steps)``, at most 1. Where rounding would end the phase one step early, it is smaller by a
-        factor of 1 - 1e-9: alpha below the rate counts as 0, and 1 - 9 * 0.1 is 0.0999... < 0.1.
+        ``1 / (fraction * steps)``, at most 1. It is multiplied by 1 - 1e-9 if rounding would end the phase one step
+        early: an alpha below the rate counts as 0, and 1 - 9 * 0.1 is 0.0999... < 0.1.
     """
     rate = min(1.0, 1 / (fraction * max(1, steps)))
     slower = rate * (1 - 1e-9)
@@ -296,7 +296,7 @@ def last_inverse_step(rate: float) -> int:
 
 
 def _switch_fraction(args: TrainingArguments, inner: Any) -> float | None:
-    """The ``switch_fraction`` asked for, if ``inner`` is the optimizer that ``args`` name."""
+    """The requested ``switch_fraction``, if ``inner`` is the optimizer that ``args`` name."""
     cls = OPTIMIZERS.get(args.optim)
     if cls is None or type(inner) is not cls:
         return None
@@ -327,9 +327,9 @@ def _refuse_what_excludes_release(args: TrainingArguments, what: str) -> None:
 
 
 def _is_training_log(logs: dict[str, Any]) -> bool:
-    """Whether these are logs of training steps, even if a Trainer has renamed the keys.
+    """Whether these are logs of training steps, even if a subclass of Trainer renamed the keys.
 
-    Such logs have a learning rate; those of evaluations and the final summary have none.
+    Such logs have a learning rate; those of evaluations and the final summary do not.
     """
     if any(key.startswith("eval") or key.endswith("_runtime") for key in logs):
         return False
@@ -337,7 +337,7 @@ def _is_training_log(logs: dict[str, Any]) -> bool:
 
 
 def _loss(logs: dict[str, Any]) -> float:
-    """The training loss; 0 where it is not logged."""
+    """The training loss; 0 if it is not logged."""
     key = "loss" if "loss" in logs else next((key for key in logs if key.endswith("loss")), None)
     value = logs[key] if key is not None else 0.0
     return float(value) if isinstance(value, (int, float)) else 0.0

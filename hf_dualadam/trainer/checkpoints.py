@@ -1,4 +1,4 @@
-"""Find the checkpoints of Trainer that a run can be resumed from.
+"""Find Trainer checkpoints from which a run can be resumed.
 
 Trainer writes a checkpoint file by file into its final folder and deletes old ones file by file, so a killed run can
 leave incomplete checkpoints, and ``transformers.trainer_utils.get_last_checkpoint`` returns them.
@@ -50,7 +50,7 @@ def checkpoint_problem(checkpoint: str | Path, model: torch.nn.Module | None = N
 
     Args:
         checkpoint: a ``checkpoint-<step>`` folder of Trainer.
-        model: the model to be trained further, to check that the checkpoint is of the same model. Default None.
+        model: the model to resume training with, to check that the checkpoint is of the same model. Default None.
 
     Returns:
         One line that starts with the file name, or None if there is no problem.
@@ -100,7 +100,7 @@ def _json_problems(path: Path, key: str) -> Iterator[str]:
 
 
 def _mismatches(checkpoint: Path, model: torch.nn.Module) -> Iterator[str]:
-    """Signs that a checkpoint is of another model. Different names alone are no sign: saving can rename weights."""
+    """Signs that a checkpoint is of another model. Different names are not enough: saving can rename weights."""
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for path in checkpoint.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:

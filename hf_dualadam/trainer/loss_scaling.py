@@ -4,7 +4,7 @@ In Transformers 5 the forward of most models takes ``**kwargs``. Trainer conclud
 ``num_items_in_batch``, the number of labels in the whole accumulated batch: it does not divide such a loss by the
 number of accumulation steps, and multiplies it by the number of processes. Classification heads, and many custom
 ``compute_loss`` methods, return the mean over their micro-batch instead, so loss and gradients are too large by both
-factors. Adam's step hides it; InvAdam's step, gradient clipping and the logged loss do not.
+factors. Adam's update hides this; InvAdam's update, gradient clipping and the logged loss do not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Factor(NamedTuple):
     """Factors by which the loss and gradients of a run are too large.
 
     Attributes:
-        accumulation: from accumulating gradients.
-        processes: from training in several processes.
+        accumulation: due to gradient accumulation.
+        processes: due to training in several processes.
     """
 
     accumulation: int
@@ -80,7 +80,7 @@ def _tensors(values: list[Any]) -> list[Tensor]:
 
 
 def can_witness(trainer: Any, model: Any, count: Any) -> bool:
-    """Whether a training step can be observed without side effects: not if it is compiled or runs in threads.
+    """Whether a training step can be observed without side effects: not if it is compiled or uses threads.
 
     Args:
         trainer: the Trainer that is about to make the step.
@@ -99,8 +99,9 @@ def loss_factor(trainer: Any, base_compute_loss: Any) -> Factor:
     """The factors that Trainer applies because it expects the loss to be divided by the number of items.
 
     Args:
-        trainer: a Trainer whose step had a ``num_items_in_batch`` that nothing used.
-        base_compute_loss: ``Trainer.compute_loss`` as transformers defines it, which multiplies by the processes.
+        trainer: a Trainer in whose step nothing used ``num_items_in_batch``.
+        base_compute_loss: ``Trainer.compute_loss`` as defined by transformers, which multiplies by the number of
+            processes.
 
     Returns:
         The two factors; both 1 if the loss is correct.
@@ -124,7 +125,7 @@ def loss_factor_message(trainer: Any, factor: Factor, base_compute_loss: Any) ->
     Args:
         trainer: the Trainer.
         factor: from :func:`loss_factor`.
-        base_compute_loss: ``Trainer.compute_loss`` as transformers defines it.
+        base_compute_loss: ``Trainer.compute_loss`` as defined by transformers.
     """
     parts = [
         f"{value} {what}"

@@ -1,4 +1,4 @@
-"""The torch module behind what a Trainer calls its model."""
+"""The torch module in whatever a Trainer has as its model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ def trained_module(model: Any) -> Module:
     """The module whose parameters are trained.
 
     Args:
-        model: what a callback gets as ``model``: a module, or an object that holds one, as setfit's ``SetFitModel``.
+        model: the ``model`` passed to a callback: a module, or an object that holds one, such as setfit's
+            ``SetFitModel``.
 
     Returns:
-        The module; an empty one where there is none.
+        The module; an empty one if there is none.
     """
     if isinstance(model, Module):
         return model

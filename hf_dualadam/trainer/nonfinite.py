@@ -1,4 +1,4 @@
-"""A Trainer callback that stops at the first non-finite gradient and names the parameters it comes from."""
+"""A Trainer callback that stops at the first non-finite gradient and names the parameters that have it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NAMED = 5  # parameters in the message
 class StopOnNonFinite(TrainerCallback):
     """Stops training before an optimizer step with non-finite gradients, so that no weight is changed by them.
 
-    Use it as ``Trainer(..., callbacks=[StopOnNonFinite()])``. Gradients are checked during the backward pass, and the
-    error names the first non-finite ones in that order, before clipping by a non-finite norm makes all others NaN.
+    Use it as ``Trainer(..., callbacks=[StopOnNonFinite()])``. Gradients are checked during the backward pass, so the
+    error can name the first non-finite ones in that order, before clipping by a non-finite norm makes all others NaN.
     Works with any optimizer and dense gradients. Each step reads the gradients twice and synchronizes with the host
     once. Refused with fp16, whose loss scaling produces and skips such gradients by design, and with DeepSpeed, which
     does not expose gradients.
@@ -38,7 +38,7 @@ class StopOnNonFinite(TrainerCallback):
         """Watch the gradients of ``model``.
 
         Raises:
-            ValueError: with these arguments, gradients cannot be observed or need not be finite.
+            ValueError: with these arguments, gradients cannot be observed or are not expected to be finite.
         """
         if args.fp16 or args.deepspeed:
             mode = "fp16, whose loss scaling skips them by design" if args.fp16 else "DeepSpeed, which hides gradients"
@@ -48,7 +48,7 @@ class StopOnNonFinite(TrainerCallback):
         ):
             raise ValueError(
                 "Invalid callback: StopOnNonFinite with release_gradients=true, which updates weights before all "
-                "gradients have been checked - should be used without."
+                "gradients have been checked - should be used without it."
             )
         self._forget()
         for name, param in trained_module(model).named_parameters():
@@ -70,7 +70,7 @@ class StopOnNonFinite(TrainerCallback):
         self._largest.clear()
         if left:
             first = ", ".join(bad[:NAMED]) + (", ..." if len(bad) > NAMED else "")
-            where = f"first in {first} ({len(bad)} of {count} parameters)" if bad else "it came from another process"
+            where = f"first in {first} ({len(bad)} of {count} parameters)" if bad else "it is from another process"
             raise FloatingPointError(
                 f"The gradient is not finite at step {state.global_step + 1}: {where}. No weight has been changed by "
                 "it; the last checkpoint is from before this step. Inspect the batch and the loss, lower "

@@ -25,7 +25,7 @@ class OptimArg(NamedTuple):
         parse: converts the text of the value; raises ValueError or KeyError if it is not allowed.
         allowed: the allowed values, for messages and the table in the README.
         meaning: what the option does, for the table in the README.
-        needs: the constructor argument that the option requires; None if it is the key itself.
+        needs: the constructor argument that the option requires; None if it has the name of the key.
     """
 
     parse: Callable[[str], Any]
@@ -73,7 +73,7 @@ OPTIM_ARGS = {
         _flag,
         "true or false",
         "update each weight within the backward pass and free its gradient",
-        needs="state_bits",  # what MomentOptimizers have; the callback does it
+        needs="state_bits",  # every MomentOptimizer has it; the callback releases the gradients
     ),
     "foreach": OptimArg(_flag, "true or false", "force or disable the multi-tensor path"),
     "fused": OptimArg(_flag, "true or false", "force or disable the one-pass kernel"),
@@ -84,7 +84,7 @@ def valid_optim_args(optimizer_cls: type[torch.optim.Optimizer]) -> dict[str, Op
     """The keys of ``optim_args`` that an optimizer takes.
 
     Args:
-        optimizer_cls: the optimizer; its constructor's arguments decide.
+        optimizer_cls: the optimizer, whose constructor's arguments decide.
 
     Returns:
         The entries of :data:`OPTIM_ARGS` that it takes.
@@ -98,13 +98,13 @@ def parse_optim_args(text: str | None, optimizer_cls: type[torch.optim.Optimizer
 
     Args:
         text: ``"key=value,key=value"``; None or empty for no options.
-        optimizer_cls: the optimizer, whose options are allowed; InvAdam has no switch.
+        optimizer_cls: the optimizer, whose options are allowed; InvAdam has no switch. Default DualAdam.
 
     Returns:
         The options with their types.
 
     Raises:
-        ValueError: a key is unknown or given twice, a value is bad, or two keys exclude each other.
+        ValueError: a key is unknown or given twice, a value is invalid, or two keys exclude each other.
     """
     valid = valid_optim_args(optimizer_cls)
     options: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Register the names of the optimizers with transformers.
 
-``TrainingArguments.optim`` is a closed enum and Trainer's table of optimizers is private, so :func:`register` extends
-both in place, and raises an error if a release has moved them.
+``TrainingArguments.optim`` is a closed enum and Trainer's table of optimizers is private. :func:`register` extends
+both in place, and raises an error if a release of transformers has moved them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 def _optimizer_cls_and_kwargs(
     args: training_args.TrainingArguments,
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """What Trainer needs to build the optimizer that ``args.optim`` names.
+    """The class and arguments with which Trainer builds the optimizer that ``args.optim`` names.
 
-    ``switch_fraction`` and ``release_gradients`` are not included: :class:`DualAdamCallback` handles them when Trainer
-    knows its number of steps and its model.
+    ``switch_fraction`` and ``release_gradients`` are not included: :class:`DualAdamCallback` handles them once Trainer
+    has determined its number of steps and its model.
     """
     optimizer_cls = OPTIMIZERS[args.optim]
     options = parse_optim_args(args.optim_args, optimizer_cls)
@@ -45,8 +45,8 @@ def _optimizer_cls_and_kwargs(
 def register() -> None:
     """Make ``TrainingArguments(optim="dualadam")`` and ``"invadam"`` valid, here and on the command line.
 
-    Importing hf_dualadam calls this function; it may be called any number of times. Argument parsers created earlier
-    do not know the names, so import first.
+    Importing hf_dualadam calls this function; it may be called repeatedly. Argument parsers created earlier do not
+    accept the names, so import hf_dualadam first.
 
     Raises:
         ImportError: this release of transformers has none of the hooks we use to register an optimizer.
@@ -83,7 +83,7 @@ def _extend_enum(cls: Any, name: str, value: str) -> None:
 
 
 def _add_handlers() -> None:
-    """Tell Trainer how to build the optimizers: a table from transformers 5.2 on, a method before."""
+    """Extend how Trainer builds optimizers: since transformers 5.2 a table, before that a method."""
     try:
         from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
     except ImportError:
@@ -98,7 +98,7 @@ def _wrap_trainer_method() -> None:
 
     patched: Any = Trainer
     original = patched.get_optimizer_cls_and_kwargs
-    if hasattr(original, "_knows_dualadam"):
+    if hasattr(original, "_supports_dualadam"):
         return
 
     @functools.wraps(original)
@@ -107,19 +107,19 @@ def _wrap_trainer_method() -> None:
             return _optimizer_cls_and_kwargs(args)
         return original(args, model)
 
-    get_optimizer_cls_and_kwargs._knows_dualadam = True  # type: ignore[attr-defined]
+    get_optimizer_cls_and_kwargs._supports_dualadam = True  # type: ignore[attr-defined]
     patched.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
 
 
 def _add_callback() -> None:
     """Give every Trainer a :class:`DualAdamCallback`.
 
-    It is the first in the list, so that the reporting integrations after it see what it adds to the logs. Trainer's
-    list of default callbacks would work as well, but importing it takes 4 seconds.
+    It is the first in the list, so that the reporting integrations after it get what it adds to the logs. Adding it to
+    Trainer's list of default callbacks would work as well, but importing that list takes 4 seconds.
     """
     handler_cls: Any = trainer_callback.CallbackHandler
     original = handler_cls.__init__
-    if hasattr(original, "_knows_dualadam"):
+    if hasattr(original, "_supports_dualadam"):
         return
 
     @functools.wraps(original)
@@ -128,16 +128,16 @@ def _add_callback() -> None:
         if not any(isinstance(callback, DualAdamCallback) for callback in self.callbacks):
             self.callbacks.insert(0, DualAdamCallback())
         if "transformers.trainer" in sys.modules:
-            _tell_callback(sys.modules["transformers.trainer"].Trainer)
+            _inform_callback(sys.modules["transformers.trainer"].Trainer)
 
-    __init__._knows_dualadam = True  # type: ignore[attr-defined]
+    __init__._supports_dualadam = True  # type: ignore[attr-defined]
     handler_cls.__init__ = __init__
 
 
-def _tell_callback(trainer_cls: Any) -> None:
-    """Pass two values to the callback that Trainer does not pass to callbacks: planned steps and item count."""
+def _inform_callback(trainer_cls: Any) -> None:
+    """Pass the planned steps and the item count to the callback, which Trainer does not do for callbacks."""
     create_scheduler, training_step = trainer_cls.create_scheduler, trainer_cls.training_step
-    if hasattr(create_scheduler, "_knows_dualadam"):
+    if hasattr(create_scheduler, "_supports_dualadam"):
         return
 
     @functools.wraps(create_scheduler)
@@ -168,7 +168,7 @@ def _tell_callback(trainer_cls: Any) -> None:
             logger.warning(loss_factor_message(self, factor, compute_loss))
         return loss
 
-    create_scheduler_and_plan._knows_dualadam = True  # type: ignore[attr-defined]
+    create_scheduler_and_plan._supports_dualadam = True  # type: ignore[attr-defined]
     trainer_cls.create_scheduler, trainer_cls.training_step = create_scheduler_and_plan, watched_training_step
 
 

@@ -91,9 +91,12 @@ def test_a_changed_setting_makes_another_run():
         ({"optimizers": {"adamq": None}}, r"optimizers.adamq.base: 'adamq' - should be one of sgd, adam"),
         ({"optimizers": {"dualadam": {"rate_scale": 0.0}}}, r"optimizers.dualadam.rate_scale: 0.0 - should be above"),
         ({"optimizers": {"dualadam": {"optim_args": {"switch": 1}}}}, r"dualadam.optim_args: .*unknown key 'switch'"),
-        ({"optimizers": {"adamw": {"switch_fraction": 0.1}}}, "optimizers.adamw.switch_fraction: adamw has no such"),
+        ({"optimizers": {"adamw": {"switch_fraction": 0.1}}}, "optimizers.adamw.switch_fraction: adamw has no inverse"),
         ({"optimizers": {"dualadam": {"switch_fraction": 2.0}}}, "switch_fraction: 2.0 - should be in"),
-        ({"optimizers": {"adamw": {"inverse_parameters": "x"}}}, "adamw.inverse_parameters: adamw has no such phase"),
+        ({"optimizers": {"adamw": {"inverse_parameters": "x"}}}, "inverse_parameters: adamw has no inverse phase"),
+            {"optimizers": {"adamw": {"inverse_parameters": "x"}}},
+            "adamw.inverse_parameters: adamw has no inverse phase",
+        ),
         ({"optimizers": {"dualadam": {"inverse_parameters": "("}}}, r"dualadam.inverse_parameters: '\(' - missing"),
         ({"tasks": {}}, "tasks: {} - should be at least one task"),
         ({"tasks": {"t": {"script": "glue"}}}, "tasks.t.arguments: required"),
@@ -470,7 +473,7 @@ def test_all_runs_are_in_the_results(finished):
 
 def test_the_report_is_complete(finished):
     report = (finished / "out" / "report.md").read_text()
-    for part in ("**Question.**", "## Answer", "## Protocol", "## digits", "## Runs that failed", "Versions:"):
+    for part in ("**Question.**", "## Answer", "## Protocol", "## digits", "## Failed runs", "Versions:"):
         assert part in report
     assert report.index("## Answer") < report.index("## digits") < report.index("## Protocol")
     for reference in ("adamw", "adamw_warmup"):
@@ -478,7 +481,7 @@ def test_the_report_is_complete(finished):
         assert re.search(rf"- dualadam_normalized on digits: .*({said})", report)
     tables = [line for line in report.splitlines() if line.startswith("|")]
     assert max(line.count("|") - 1 for line in tables) <= 5
-    assert "\n8 of 24.\n" in report  # the failed runs
+    assert "\n8 of the 24 runs failed.\n" in report
     pictures = [line.split("](")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")]
     assert len(pictures) == 11 and all((finished / "out" / name).stat().st_size > 5000 for name in pictures)
 

@@ -244,7 +244,8 @@ def test_killed_and_continued_and_shared_by_two_processes(tmp_path):
     assert set(runs["status"]) == {"ok"} and runs["heldout_metric"].notna().all()
     assert len(list(tmp_path.glob("started-*"))) == 1 + 4  # each run was done once
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "**Choosing and scoring share one set** on train" in report and "Sharpness was not measured." in report
+    assert "**The learning rate and the final score use the same data** for train" in report
+    assert "Sharpness was not measured." in report
     assert "- dualadam on train: " in report
 
 

@@ -273,10 +273,10 @@ def test_resumed_run_keeps_its_switch_and_says_so_where_it_is_not_what_was_asked
     longer = _train(tmp_path, resume=checkpoint, max_steps=20, **options)
     assert _optimizer(longer).param_groups[0]["switch_rate"] == rate
     assert "keeps the switch of its checkpoint: alpha is 0 from step 6 of 20 on" in caplog.text
-    assert "where switch_fraction=0.5 asks for step 10" in caplog.text
+    assert "while switch_fraction=0.5 asks for step 10" in caplog.text
     caplog.clear()
     _train(tmp_path, resume=checkpoint, optim_args="switch_fraction=0.25")
-    assert "alpha is 0 from step 6 of 12 on, where switch_fraction=0.25 asks for step 3" in caplog.text
+    assert "alpha is 0 from step 6 of 12 on, while switch_fraction=0.25 asks for step 3" in caplog.text
     with pytest.warns(UserWarning, match="initial_lr: 0.01 instead of 0.5.*switch_rate: 0.16.* instead of 0.25"):
         _train(tmp_path, resume=checkpoint, optim_args="switch_rate=0.25", learning_rate=0.5)
 
@@ -326,7 +326,7 @@ def test_switch_follows_the_plan_when_the_batch_size_is_found(calls, tmp_path, c
     assert _optimizer(trainer).param_groups[0]["switch_rate"] == pytest.approx(2 / steps)
     inverse = sum(entry["alpha"] > 0 for entry in trainer.state.log_history if "loss" in entry)
     assert inverse == steps // 2 - 1 - calls
-    assert caplog.text.count("has made 3 steps before this training") == (calls == 3)
+    assert caplog.text.count("made 3 steps before this training") == (calls == 3)
 
 
 def test_second_training_plans_anew_and_says_what_is_left_of_the_phase(tmp_path, caplog):
@@ -334,8 +334,8 @@ def test_second_training_plans_anew_and_says_what_is_left_of_the_phase(tmp_path,
     trainer.args.max_steps = 40
     trainer.train()
     assert _optimizer(trainer).param_groups[0]["switch_rate"] == pytest.approx(1 / 20)
-    assert "has made 12 steps before this training, and they count towards the switch" in caplog.text
-    assert "7 of 40 steps have an inverse part, where switch_fraction=0.5 asks for 19" in caplog.text
+    assert "made 12 steps before this training, and they count towards the switch" in caplog.text
+    assert "7 of 40 steps have an inverse part, while switch_fraction=0.5 asks for 19" in caplog.text
 
 
 def test_model_init_starts_the_phase_afresh(tmp_path, caplog):
