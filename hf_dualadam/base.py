@@ -280,7 +280,7 @@ class MomentOptimizer(Optimizer):
         self._step([{**group, "params": params}])
 
     def _step(self, groups: list[Group]) -> None:
-        with_kernels = self.rule.kernel and not torch.compiler.is_compiling()
+        with_kernels = not torch.compiler.is_compiling() and self.rule.kernel  # torch 2.4 compiles only this order
         batches = self._run_kernels(groups) if with_kernels else kernels.collect_all(groups, self._collect)
         for group, items in batches:
             self._update(group, items)

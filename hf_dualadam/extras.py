@@ -1,7 +1,8 @@
-"""Name the extra to install when a part of the package or a script lacks its requirements."""
+"""The requirements of the extras that scripts and parts of the package check; setup.py declares the same table."""
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.util import find_spec
 
@@ -11,22 +12,21 @@ _FINETUNE = (
     "filelock",
     "matplotlib",
     "numpy",
-    "PIL",
+    "pillow",
     "pyarrow",
+    "pyyaml",
     "safetensors",
+    "scikit-learn",
     "scipy",
-    "sklearn",
     "tokenizers",
     "tqdm",
-    "yaml",
 )
-# The modules that each extra in setup.py installs.
-MODULES = {
+REQUIREMENTS = {
     "finetune": _FINETUNE,
     "clm": (*_FINETUNE, "peft", "trl"),
     "compare": (
         *_FINETUNE,
-        "hessian_eigenthings",
+        "hessian-eigenthings>=1.0.0a5",
         "optuna",
         "pandas",
         "psutil",
@@ -35,22 +35,38 @@ MODULES = {
         "tabulate",
     ),
 }
+# Modules that are not named like their package.
+_MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+
+
+def modules(extra: str) -> dict[str, str]:
+    """The modules of an extra.
+
+    Args:
+        extra: a key of :data:`REQUIREMENTS`.
+
+    Returns:
+        The module to import by name of its package.
+    """
+    packages = [re.split(r"[^\w-]", requirement)[0] for requirement in REQUIREMENTS[extra]]
+    return {package: _MODULES.get(package, package.replace("-", "_")) for package in packages}
 
 
 def require(extra: str) -> None:
     """Check that an extra is installed, without importing any of it.
 
     Args:
-        extra: a key of :data:`MODULES`.
+        extra: a key of :data:`REQUIREMENTS`.
 
     Raises:
-        ModuleNotFoundError: names the missing modules and the command that installs them.
+        ModuleNotFoundError: names the missing packages and the command that installs them.
     """
-    missing = [name for name in MODULES[extra] if find_spec(name) is None]
+    missing = {package: module for package, module in modules(extra).items() if find_spec(module) is None}
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ModuleNotFoundError(
-            f'{", ".join(missing)} {verb} not installed: pip install "hf_dualadam[{extra}]"', name=missing[0]
+            f'{", ".join(missing)} {verb} not installed: pip install "hf_dualadam[{extra}]"',
+            name=next(iter(missing.values())),
         )
 
 

@@ -6,7 +6,7 @@
     python scripts/bootstrap.py test                check style and types, then run all tests
 
 Needs only Python 3.10 to 3.13. Installs into .venv in the root of the repository, and reinstalls only when the pinned
-versions, setup.py or the kernel's source have changed. With --transformers4, or on Python 3.10, it installs
+versions, the requirements or the kernel's source have changed. With --transformers4, or on Python 3.10, it installs
 Transformers 4.57 (into .venv-transformers4) instead of the newest 5.x.
 """
 
@@ -54,7 +54,8 @@ def prepare(extras: str, transformers4: bool) -> Path:
     folder = ROOT / (".venv-transformers4" if transformers4 else ".venv")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     constraints = ROOT / ".ci" / ("constraints-transformers4.txt" if transformers4 else "constraints.txt")
-    sources = [constraints, ROOT / "setup.py", *sorted((ROOT / "hf_dualadam" / "kernels").glob("*.[ch]"))]
+    package = ROOT / "hf_dualadam"
+    sources = [constraints, ROOT / "setup.py", package / "extras.py", *sorted((package / "kernels").glob("*.[ch]"))]
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest() + " " + extras
     stamp = folder / "installed.txt"
     done = stamp.read_text().splitlines() if stamp.exists() else []

@@ -8,8 +8,8 @@ See hf_dualadam/lab/compare.py, or --help.
 
 import os
 
-# Threads that wait by spinning slow down other workers on the same cores, to a seventh of their speed and less. OpenMP
-# reads this when torch is loaded.
+# Threads that spin while they wait slow other workers on the same cores down by a factor of 7 or more. OpenMP reads
+# this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from hf_dualadam.extras import require_or_exit

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the memory of training: bytes a parameter, and what a step allocates on top.
+"""Measure the memory of training: bytes per parameter, and what a step allocates on top.
 
     python scripts/measure_memory.py                # a BERT-base with random weights on this machine's CPU
     python scripts/measure_memory.py --device cuda
@@ -55,7 +55,7 @@ def bytes_per_parameter(bfloat16: bool, options: dict, release: bool) -> float:
 
 def largest_models() -> str:
     """A Markdown table of the largest model, in billions of parameters, for each setting and card."""
-    lines = ["| setting | bytes a parameter | " + " | ".join(f"{card} GB" for card in CARDS) + " |"]
+    lines = ["| setting | bytes per parameter | " + " | ".join(f"{card} GB" for card in CARDS) + " |"]
     lines.append("|---|" + "---:|" * (1 + len(CARDS)))
     for name, setting in SETTINGS.items():
         size = bytes_per_parameter(*setting)
@@ -128,7 +128,7 @@ def main() -> None:
     if args.cards:
         print(largest_models())
         return
-    print("| setting | weights | gradients | state | bytes a parameter | step |\n|---|---:|---:|---:|---:|---:|")
+    print("| setting | weights | gradients | state | total | step |\n|---|---:|---:|---:|---:|---:|")
     context = multiprocessing.get_context("spawn")
     for name in SETTINGS:
         receiver, sender = context.Pipe(duplex=False)

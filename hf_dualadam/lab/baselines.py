@@ -176,7 +176,7 @@ class OptimizerSetting:
         return baseline(self.base)
 
     @property
-    def centre(self) -> float:
+    def center(self) -> float:
         """Center of the range of learning rates, in units of Adam's."""
         return self.baseline.rate_scale if self.rate_scale is None else self.rate_scale
 

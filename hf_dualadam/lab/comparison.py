@@ -284,10 +284,10 @@ class Comparison:
         setting = self.tasks[task]
         if setting.learning_rates is not None:
             return sorted(setting.learning_rates)
-        centre = setting.learning_rate * self.optimizers[optimizer].centre
+        center = setting.learning_rate * self.optimizers[optimizer].center
         middle = (self.num_learning_rates - 1) / 2
         exponents = [index - middle for index in range(self.num_learning_rates)]
-        return [float(f"{centre * self.learning_rate_factor**exponent:.3g}") for exponent in exponents]
+        return [float(f"{center * self.learning_rate_factor**exponent:.3g}") for exponent in exponents]
 
     def steps(self, task: str, optimizer: str) -> int | None:
         """Optimizer steps of a run: equal budgets mean an equal number of gradients. None if the script decides."""

@@ -19,7 +19,7 @@ from .metric import Metric
 from .significance import Difference, mean_interval
 
 # Okabe and Ito's colors, which color-blind readers can distinguish, except yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vP*"
 LINES = ("-", "--", "-.", ":")
 SERIES_PER_PANEL = 7
@@ -191,7 +191,7 @@ class _Style:
         size = math.ceil(len(optimizers) / count)
         self.groups = [optimizers[start : start + size] for start in range(0, len(optimizers), size)]
         self.looks = {
-            name: {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": LINES[i % len(LINES)]}
+            name: {"color": COLORS[i], "marker": MARKERS[i], "linestyle": LINES[i % len(LINES)]}
             for group in self.groups
             for i, name in enumerate(group)
         }
@@ -231,7 +231,7 @@ class _Style:
         for row, (_, rows) in enumerate(self._by_optimizer(data)):
             values = scale * rows[column].to_numpy(dtype=float)
             spread = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [0.0]
-            axes.scatter(values, row + np.asarray(spread), s=14, alpha=0.6, color=COLOURS[0], linewidths=0)
+            axes.scatter(values, row + np.asarray(spread), s=14, alpha=0.6, color=COLORS[0], linewidths=0)
             _bar(axes, row, *mean_interval(values))
         _name_rows(axes, names, label)
 
@@ -262,9 +262,9 @@ class _Style:
         """Mean and range over the seeds against the fraction of the training."""
         for name, rows in self._by_optimizer(data):
             by_step = (scale * rows.set_index("budget")[column]).groupby(level=0).agg(["mean", "min", "max"])
-            colour = self.looks[name]["color"]
+            color = self.looks[name]["color"]
             axes.plot(by_step.index, by_step["mean"], linewidth=1.4, markersize=4, **self.looks[name])
-            axes.fill_between(by_step.index, by_step["min"], by_step["max"], color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(by_step.index, by_step["min"], by_step["max"], color=color, alpha=0.12, linewidth=0)
         axes.set_yscale(yscale)
         axes.set_xlabel("training [% of the gradients]")
         axes.set_ylabel(label)

@@ -83,7 +83,7 @@ def test_what_is_no_image_is_counted(tmp_path, caplog):
         tmp_path,
         ["cat", "dog", "cat/a.svg", "cat/b.heic", "dog/notes.txt", "dog/.DS_Store", ".git/x.png", "Thumbs.db"],
     )
-    found = read_split_folder(tmp_path, labelled=True)
+    found = read_split_folder(tmp_path, labeled=True)
     assert len(found.paths) == 4
     assert "skipped 6 files" in caplog.text
     for kind in ("1 .svg", "1 .heic", "1 .txt", "1 .db", "1 hidden", "1 in hidden folders"):

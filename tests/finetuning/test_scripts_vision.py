@@ -139,7 +139,7 @@ def test_padded_crops_shift_the_image_and_fill_with_black():
     assert seen == set(range(25))
 
 
-def test_shortest_edge_processors_crop_the_centre():
+def test_shortest_edge_processors_crop_the_center():
     processor = ViTImageProcessor(size={"shortest_edge": 8})
     transform = images.ImageTransform(processor, ViTConfig(**VIT))
     image = PILImage.new("RGB", (24, 8), "black")
