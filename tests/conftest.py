@@ -1,4 +1,4 @@
-"""Tests never look for a network, and each worker keeps to one core unless a test asks for more."""
+"""Tests never use the network, and each worker uses one core unless a test asks for more."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(autouse=True)
 def logging_as_before():
-    """Programs that are run within a test process change how the package logs."""
+    """Restore the package's logging, which programs that run within the test process change."""
     ours = logging.getLogger("hf_dualadam")
     before = ours.level, ours.propagate, list(ours.handlers)
     yield

@@ -1,4 +1,4 @@
-"""The paths of the optimizers, by name: the options that choose each."""
+"""The paths of the optimizers, by name: the options that select each."""
 
 from hf_dualadam.kernels import cpu
 

@@ -19,7 +19,7 @@ def dualadam(theta, grads, *, eta, beta1=0.9, beta2=0.999, eps=1e-8, lam=0.0, ra
 
 
 def dualadam_normalized(theta, grads, *, eta, beta1=0.9, beta2=0.999, eps=1e-8, lam=0.0, rate=0.01):
-    """The same for a tensor given as a list of numbers, the inverse part rescaled to the RMS of Adam's."""
+    """The same for a tensor, given as a list of numbers, with the inverse part rescaled to the RMS of Adam's."""
     n = len(theta)
     m, v = [0.0] * n, [0.0] * n
     for t, g in enumerate(grads, 1):

@@ -1,4 +1,4 @@
-"""README, docs and the notebook say what the package does: options, links, commands, and a site that builds."""
+"""README, docs and the notebook match the package: options, links and commands; the site builds."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_readme_leads_to_every_page():
 @pytest.mark.parametrize(("page", "language", "code"), BLOCKS, ids=[f"{b[0].name}-{i}" for i, b in enumerate(BLOCKS)])
 def test_quick_commands_run_as_printed(page, language, code, tmp_path):
     script = tmp_path / ("quick." + ("py" if language == "python" else "sh"))
-    # The scripts and configs are where a reader would stand; what the commands write goes to the temporary folder.
+    # The commands find scripts and configs as in a checkout, and write to the temporary folder.
     for name in ("scripts", "configs", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     script.write_text(code)
@@ -82,7 +82,7 @@ def test_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     foreign = {name: EXTERNAL.findall(page) for name, page in pages.items() if EXTERNAL.search(page)}
     assert not foreign
     assert {f"{path.stem}/index.html" for path in PAGES[1:]} <= set(pages)
-    assert 'href="choosing-settings/' in pages["index.html"]  # the README is the front page, its links lead to pages
+    assert 'href="choosing-settings/' in pages["index.html"]  # the front page is the README, with links to pages
     for name in ("DualAdam", "InvAdam"):
         assert f'id="hf_dualadam.{name}"' in pages["api/optimizers/index.html"]
     assert 'id="hf_dualadam.diagnostics.inverse_statistics"' in pages["api/diagnostics/index.html"]

@@ -202,7 +202,7 @@ def test_every_import_is_declared():
         "lab": set(extras.modules("compare").values()),
         "trainer": {"safetensors"},  # comes with transformers
         "kernels": {"triton"},  # comes with torch's CUDA builds
-        "timm.py": {"timm"},  # for those who have it
+        "timm.py": {"timm"},  # only if it is installed
     }
     for path in (ROOT / "hf_dualadam").rglob("*.py"):
         part = path.relative_to(ROOT / "hf_dualadam").parts[0]

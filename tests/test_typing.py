@@ -1,4 +1,4 @@
-"""A user's file that calls the optimizers passes `mypy --strict`, and a wrong argument does not."""
+"""A user's file that calls the optimizers passes `mypy --strict`; one with a wrong argument does not."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def test_a_users_file_is_strictly_typed(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "user.py").write_text(USER_FILE)
     (tmp_path / "mistaken.py").write_text(USER_FILE + MISTAKES)
-    # The package is checked as it is when installed: its types count, errors inside it are not the user's.
+    # Check the package as if installed: its types are used, but errors inside it are not reported to the user.
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "user.py", "mistaken.py"]
     env = os.environ | {"MYPYPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

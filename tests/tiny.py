@@ -50,7 +50,7 @@ def glue_rows(texts, labels, count, seed=0):
 
 
 def write_rows(path, rows):
-    """Write rows in the format of the file's ending."""
+    """Write rows in the format of the file's extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(rows)
     if path.suffix == ".parquet":

@@ -15,7 +15,7 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 class Error(NamedTuple):
-    """Of one tensor: relative error of m/d and of m*d, the largest |m/d|, and the median drift of log2 v."""
+    """Errors of one tensor: relative errors of m/d and of m*d, the largest |m/d|, and the median drift of log2 v."""
 
     update: float
     inverse: float
@@ -63,13 +63,13 @@ def track(model, loss_at, steps, lr, **options):
         exact.zero_grad()
     errors = []
     for (name, p), shadow in zip(model.named_parameters(), shadows):
-        if "in_proj_bias" not in name:  # the gradients of the keys' biases are 0 but for rounding
+        if "in_proj_bias" not in name:  # the gradients of the keys' biases are 0 up to rounding
             errors.append(compare(exact.moments(p), coded.moments(shadow), steps))
     return errors
 
 
 def share_in_eight_bits(model):
-    """The share of a model's parameters that have 8-bit moments."""
+    """The fraction of a model's parameters that have 8-bit moments."""
     sizes = [(p.numel(), MOMENT_FORMATS[8].fits(p)) for p in model.parameters()]
     return sum(n for n, fits in sizes if fits) / sum(n for n, _ in sizes)
 

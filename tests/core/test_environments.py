@@ -1,4 +1,4 @@
-"""The optimizers inside hooks, threads, inference mode and wrappers, and what they leave in memory."""
+"""The optimizers inside hooks, threads, inference mode and wrappers, and what stays in memory."""
 
 import gc
 import threading
@@ -153,4 +153,4 @@ def test_wrappers_of_another_library(wrapper):
             optimizer.step(closure) if wrapper == "SAM" else optimizer.step()
         results.append(model)
     for ours, adamw in zip(*(model.parameters() for model in results)):
-        torch.testing.assert_close(ours, adamw, rtol=1e-5, atol=1e-6)  # from the first step on it is AdamW
+        torch.testing.assert_close(ours, adamw, rtol=1e-5, atol=1e-6)  # it is AdamW from the first step on

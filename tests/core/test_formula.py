@@ -81,7 +81,7 @@ def test_alpha_leaves_the_blend_one_step_early(step, rate, alpha):
 def test_authors_rate_ends_at_step_12499():
     alphas = [inverse_weight(step, 8e-5) for step in (12_498, 12_499, 12_500)]
     assert alphas[0] > 8e-5 and alphas[2] == 0.0
-    assert alphas[1] in (0.0, pytest.approx(8e-5))  # the edge itself is a matter of rounding
+    assert alphas[1] in (0.0, pytest.approx(8e-5))  # the edge itself depends on rounding
 
 
 def test_scalars_stay_exact_late_in_training():

@@ -129,7 +129,7 @@ def test_frozen_and_added_parameters_and_loaded_states():
     _train(model, optimizer, 1)
     optimizer.add_param_group({"params": list(model.norm.parameters()), "lr": 0.5})
     saved = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(saved)  # replaces the groups
+    optimizer.load_state_dict(saved)  # it replaces the groups
     optimizer.param_groups[0]["lr"] = 0.0
     before = copy.deepcopy(model)
     _train(model, optimizer, 1, start=1)

@@ -56,7 +56,7 @@ def run_python(code, *paths):
 
 def test_import_adds_little_time_and_nothing_heavy():
     bases, ours = [], []
-    for _ in range(MAX_RUNS):  # a busy machine can only make runs slower: the fastest of enough runs tells
+    for _ in range(MAX_RUNS):  # a busy machine only makes runs slower, so the fastest of several runs counts
         done = run_python(MEASURE)
         assert done.returncode == 0, done.stderr
         base, own, added = json.loads(done.stdout)

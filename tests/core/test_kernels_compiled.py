@@ -1,4 +1,4 @@
-"""The CUDA kernels as compiled, without a GPU: Triton's driver is one that launches nothing."""
+"""The compiled CUDA kernels, without a GPU: a replacement of Triton's driver launches nothing."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def _params(dtype, sizes=(5000, 3)):
 
 
 def _every_variant(dtype):
-    """Take a step with every kernel; a bfloat16 parameter also has float32 moments in places."""
+    """Take a step with every kernel; some bfloat16 parameters have float32 moments."""
     for capturable in (False, True):
         params = _params(dtype)
         DualAdam(params, lr=0.1, normalize_inverse=True, capturable=capturable).step()
@@ -103,7 +103,7 @@ def test_machine_code_of_the_update(gpu, dtype, compiled, tmp_path):
         assert usage["REG"] <= REGISTERS, f"{usage['REG']} registers per thread"
         wide_loads = [i for i, op in enumerate(opcodes) if op.startswith("LDG") and "128" in op]
         wide_stores = [i for i, op in enumerate(opcodes) if op.startswith("STG") and "128" in op]
-        vectors = {2: 1, 4: 2}  # of 16 bytes, by the bytes of an element: 8 elements a thread
+        vectors = {2: 1, 4: 2}  # of 16 bytes, by the bytes of an element: 8 elements per thread
         least = 2 * vectors[BYTES[dtype]] + 2 * vectors[state_bytes if dtype == torch.bfloat16 else 4]
         if dtype == torch.bfloat16:
             least = 4  # with bfloat16 moments; more with float32 ones
@@ -207,5 +207,5 @@ def test_kernels_of_8_bit_moments(gpu, dtype, compiled, tmp_path):
         assert ".f64" not in kernel.asm["ptx"]
         usage, opcodes = _machine_code(kernel, tmp_path)
         assert not [op for op in opcodes if op.startswith(("LDL", "STL"))], f"registers are spilled: {usage}"
-        width = "LDG.E.128" if dtype == torch.float32 else "LDG.E.64"  # 4 elements a thread
+        width = "LDG.E.128" if dtype == torch.float32 else "LDG.E.64"  # 4 elements per thread
         assert [op for op in opcodes if op.startswith(width)], "elements are not loaded 4 at a time"

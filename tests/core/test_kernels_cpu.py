@@ -1,4 +1,4 @@
-"""The CPU kernel: against the paper's formula in Python floats, and against the loop over tensors."""
+"""The CPU kernel, compared with the paper's formula in Python floats and with the loop over tensors."""
 
 import ctypes
 import multiprocessing
@@ -43,7 +43,7 @@ def _train(optimizer, params, steps, start=0):
 
 @pytest.fixture
 def kernel_only(monkeypatch):
-    """Fails the test if a tensor is left to another path."""
+    """Fail the test if a tensor takes another path."""
     monkeypatch.setattr(DualAdam, "_update", lambda *_: pytest.fail("a tensor was left to another path"))
 
 
@@ -298,7 +298,7 @@ def test_large_states_ask_for_large_pages():
 
 
 def mapping_flags(address):
-    """Linux's flags of the mapping that an address lies in."""
+    """Linux's flags of the memory mapping that contains an address."""
     here = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, _, rest = line.partition(" ")

@@ -29,7 +29,7 @@ def _params(dtype, shapes=SHAPES):
 
 
 def _gradients(params, step, scale=1.0):
-    """Of magnitudes that differ by row and element, a tenth of them zero."""
+    """Numbers whose magnitude depends on row and element, a tenth of them zero."""
     generator = torch.Generator().manual_seed(100 + step)
     for p in params:
         rows = torch.logspace(-3, 0, p.shape[0]).reshape(-1, *[1] * (p.dim() - 1))
@@ -57,7 +57,7 @@ def _assert_one_code_apart(optimizer, params, twin, twins, tolerance):
         assert state["step"] == expected["step"]
         for name, value in state.items():
             if name == "weight_correction":
-                continue  # it turns over where the parameter is rounded the other way: the weight below counts
+                continue  # it wraps if the parameter is rounded the other way; the weight is compared below
             if not value.is_floating_point():
                 assert (value.int() - expected[name].int()).abs().max() <= 1, name
             else:
@@ -70,7 +70,7 @@ def _assert_one_code_apart(optimizer, params, twin, twins, tolerance):
 
 
 def _step_beside_the_loop(optimizer, params, tolerance=1e-5):
-    """One step by the kernel alone, compared with the loop's from the same state."""
+    """Take one step with the kernel alone, and compare it with the loop's from the same state."""
     twin, twins = _copy(optimizer, params, **LOOP)
     twin.step()
     optimizer._update = lambda *_: pytest.fail("the kernel left a tensor to another path")

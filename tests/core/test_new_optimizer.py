@@ -1,4 +1,4 @@
-"""A third optimizer is its formula and one entry: it gets states, paths, state dicts and checks without more code."""
+"""A third optimizer needs only its formula and one entry to get states, paths, state dicts and checks."""
 
 import copy
 import re

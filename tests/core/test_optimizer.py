@@ -55,7 +55,7 @@ def test_resumes_bit_for_bit_within_the_inverse_phase(options, path, dtype, rout
     elif route == "pickle":
         resumed.load_state_dict(pickle.loads(pickle.dumps(optimizer)).state_dict())
     else:
-        state = copy.deepcopy(get_optimizer_state_dict(straight, optimizer))  # torch shares tensors with what it loads
+        state = copy.deepcopy(get_optimizer_state_dict(straight, optimizer))  # torch shares the tensors that it loads
         set_optimizer_state_dict(model, resumed, state)
     _steps(straight, optimizer, 4, 20)
     _steps(model, resumed, 4, 20)

@@ -1,4 +1,4 @@
-"""The plan of a step: whatever changes is noticed, nothing is kept alive, and graphs own what they read."""
+"""The plan of a step: every change is detected, no tensor is kept alive, and graphs own the tables they read."""
 
 import copy
 import gc
@@ -160,7 +160,7 @@ def test_a_plan_keeps_nothing_alive():
         for p in params:
             p.grad = None
         assert not any(ref() is not None for ref in gradients)
-        for state in optimizer.state.values():  # as where moments are moved to the host between steps
+        for state in optimizer.state.values():  # as if moments were moved to the host between steps
             state["exp_avg"] = state["exp_avg"].clone()
         assert not any(ref() is not None for ref in moments)
         gone = weakref.ref(optimizer)
@@ -215,7 +215,7 @@ def test_two_optimizers_in_two_threads():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The arguments of each launch of the update; ``launches.capturing`` plays the part of a graph's capture."""
+    """The arguments of each launch of the update; ``launches.capturing`` simulates the capture of a graph."""
     pytest.importorskip("triton", "3.2", reason="needs Triton 3.2")
     from hf_dualadam.kernels import cuda, dry_run
 
@@ -261,7 +261,7 @@ def _capture(launches, optimizer, params):
 def test_graphs_and_eager_steps_read_tables_of_their_own(launches):
     params, optimizer = _cuda_problem(launches, (torch.float32, torch.bfloat16))
     for action in ("capture", "capture", "eager", "capture", "eager", "eager"):
-        kept = [p.grad for p in params]  # so that the next gradients lie elsewhere
+        kept = [p.grad for p in params]  # so that the next gradients have other addresses
         launches.clear()
         if action == "capture":
             _capture(launches, optimizer, params)
@@ -347,7 +347,7 @@ def test_tables_do_not_pile_up_as_gradients_come_and_go(launches):
 
 
 def test_one_misaligned_gradient_leaves_the_others_their_alignment(launches):
-    """The kernel reads alignment from each tensor's addresses; no argument of the launch depends on it."""
+    """The kernel determines the alignment from each tensor's addresses; no argument of the launch depends on it."""
     params, optimizer = _cuda_problem(launches)
     for p in params:
         p.grad = torch.ones(6)

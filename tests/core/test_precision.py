@@ -1,4 +1,4 @@
-"""Models in bfloat16 with float32 norms, and float32 weights to export."""
+"""Models in bfloat16 with float32 normalization layers, and export of float32 weights."""
 
 import copy
 

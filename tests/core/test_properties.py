@@ -1,4 +1,4 @@
-"""Any tensors, groups, options and order of calls: every path ends where the paper's formula does.
+"""Random tensors, groups, options and order of calls: every path ends where the paper's formula does.
 
 200 cases by default; ``HYPOTHESIS_PROFILE=nightly`` tries 2,500.
 """
@@ -74,7 +74,7 @@ def cases(draw):
 
 
 def _laid_out(values, layout):
-    """A tensor of these values with another arrangement in memory."""
+    """A tensor of these values with a different memory layout."""
     if layout == "transposed" and values.dim() > 1:
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "every_other":
@@ -90,13 +90,13 @@ def _gradient(shape, seed, scale, layout, dtype):
 
 
 def _arguments(case, group):
-    """What the class takes of a group's options."""
+    """The options of a group that the class accepts."""
     left_out = {"tensors", "dtype"} | ({"switch_rate"} if case.cls is InvAdam else set())
     return {name: value for name, value in group.items() if name not in left_out}
 
 
 def _build(case, params, path):
-    """Groups with options of their own, the last one added later."""
+    """Groups with their own options, the last of which is added later."""
     groups = [{"params": own, **_arguments(case, group)} for own, group in zip(params, case.groups)]
     optimizer = case.cls(groups[0].pop("params"), **groups[0], **PATHS[path])
     for group in groups[1:]:

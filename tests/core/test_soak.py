@@ -1,4 +1,4 @@
-"""Many steps, many tensors, large tensors: memory stays flat, paths stay together, indices do not wrap.
+"""Many steps, many tensors, large tensors: memory does not grow, paths agree, indices do not overflow.
 
 2,000 steps by default; ``HYPOTHESIS_PROFILE=nightly`` does 20,000, and a tensor of more than 2^31 elements (18 GiB).
 """
@@ -28,7 +28,7 @@ def _resident():
 
 
 def _soak(options, dtype=torch.float32):
-    """Steps on a noisy quadratic; where it is at 20 moments, and how much memory has grown since the first of them."""
+    """Take steps on a noisy quadratic; return its position at 20 points, and the memory growth since the first."""
     params = [Parameter(torch.ones(shape, dtype=dtype)) for shape in [(4, 5), (7,), ()]]
     optimizer = DualAdam(params, lr=0.002, weight_decay=0.01, switch_rate=2 / STEPS, normalize_inverse=True, **options)
     noises = [column.to(dtype) for column in NOISE.split([20, 7, 1], dim=1)]
@@ -44,7 +44,7 @@ def _soak(options, dtype=torch.float32):
 
 
 def test_paths_stay_together_and_memory_flat_over_many_steps():
-    # float64 on the for-loop path is the measure: float32 rounds at each step, and no path may drift away with it
+    # The reference is float64 on the for-loop path: float32 rounds at each step, which must not make a path drift
     exact, _ = _soak(PATHS["single"], torch.float64)
     for path, options in PATHS.items():
         places, growth = _soak(options)

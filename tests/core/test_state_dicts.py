@@ -1,4 +1,4 @@
-"""State dicts from elsewhere: other dtypes, other shapes, hooks, other optimizers, keys of others."""
+"""State dicts from elsewhere: other dtypes, shapes, hooks, optimizers and keys."""
 
 import copy
 import pickle

@@ -127,7 +127,7 @@ def test_dither_takes_all_values_equally_often():
     assert values.min() >= 0 and values.max() < 1
     counts = torch.histc(values, 20, 0, 1)
     assert counts.min() >= 95 and counts.max() <= 105
-    counts = torch.histc(values[700:740], 8, 0, 1)  # also over a short stretch
+    counts = torch.histc(values[700:740], 8, 0, 1)  # even over a short range
     assert counts.min() >= 3 and counts.max() <= 7
     assert dither(2.0**24, CPU) < 1
 
@@ -266,7 +266,7 @@ def test_a_resumed_run_ends_with_the_same_bits(carry, master_weight_bits, option
     _train(optimizer, set_grads, 5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("default", category=FutureWarning)  # torch before 2.6 warns of its own unpickling
+        warnings.filterwarnings("default", category=FutureWarning)  # torch before 2.6 warns about its own unpickling
         other, new = carry(optimizer, params, settings)
     for p, q in zip(params, new):
         assert optimizer.state[p].keys() == other.state[q].keys()
@@ -390,7 +390,7 @@ def test_24_bits_hold_a_weight_to_an_8_bit_part_of_its_unit_and_on_average_exact
     assert torch.all((back - weight).abs() <= 2 * unit)
     assert torch.all((total / 512 - weight).abs() <= 0.05 * unit)
     same = read_weight(param, correction)
-    write_weight_(param, correction, same, 7)  # what the format can hold stays as it is
+    write_weight_(param, correction, same, 7)  # numbers that the format can represent do not change
     assert torch.equal(read_weight(param, correction), same)
 
 
@@ -441,7 +441,7 @@ def test_no_update_is_lost_to_rounding(dtype, options):
         moved[bits] = (1 - optimizer.master_weights(param)).mean().item()
     assert moved[None] == 0
     assert moved[32] == pytest.approx(300 * 2.0**-20, rel=1e-3)
-    assert moved[24] == pytest.approx(300 * 2.0**-20, abs=2.0**-16)  # what the weights can hold
+    assert moved[24] == pytest.approx(300 * 2.0**-20, abs=2.0**-16)  # the precision of the weights
 
 
 def test_corrections_move_between_bits_with_a_note():

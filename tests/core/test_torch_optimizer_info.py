@@ -1,4 +1,4 @@
-"""The properties that torch asks of its own optimizers, asked of ours through torch's database of optimizers.
+"""The tests of torch's own optimizers, applied to ours through torch's database of optimizers.
 
 Entries for DualAdam and InvAdam go into ``torch.testing._internal.common_optimizers.optim_db``; the tests below are
 ours and run over each set of options in these entries on each path (for-loop, foreach, fused), and over the error
@@ -43,7 +43,7 @@ SCHEDULERS = [
 
 
 def _inputs(optim_cls):
-    """The function that torch's database wants: sets of options without parameters and without a path."""
+    """The function that torch's database requires: sets of options, without parameters and without a path."""
     options = {
         "default": {},
         "lr": {"lr": 0.01},
@@ -70,7 +70,7 @@ def _error_inputs(device, dtype):
     errors = [
         error
         for error in torch_db.get_error_inputs_for_all_optims(device, dtype)
-        if "lr" not in error.optimizer_error_input.kwargs  # our message is another
+        if "lr" not in error.optimizer_error_input.kwargs  # our message differs
     ]
     for kwargs, error, message in [
         ({"lr": torch.ones(2)}, ValueError, r"Invalid lr: tensor of shape \(2,\)"),
@@ -173,7 +173,7 @@ def _values(tensors):
 
 
 def _tensors(optimizer):
-    """All that a step changes, parameters and state."""
+    """Everything that a step changes: parameters and state."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     return _values(params) + _values(optimizer.state[p][name] for p in params for name in optimizer.state[p])
 

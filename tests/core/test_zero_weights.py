@@ -1,4 +1,4 @@
-"""A part of the update whose weight is 0 is not computed, so what overflows there moves nothing: on every path."""
+"""A part of the update whose weight is 0 is not computed, so an overflow in it has no effect, on any path."""
 
 import pytest
 import torch

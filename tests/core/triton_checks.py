@@ -14,7 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 
-SMALL = (0, 1, 7, 31, 32, 33, 2047, 2048, 2049)  # a program takes 2048 elements
+SMALL = (0, 1, 7, 31, 32, 33, 2047, 2048, 2049)  # a program processes 2048 elements
 LARGE = (2**15 - 1, 2**15, 2**15 + 1)
 PERIOD = 61
 RATE = 0.3  # inverse until step 2, Adam from step 3
@@ -25,7 +25,7 @@ if INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def kernel_only(monkeypatch):
-    """Every tensor goes to the kernel, and the test fails if one is left to another path."""
+    """Every tensor goes to the kernel; the test fails if one takes another path."""
     if INTERPRETED:
         monkeypatch.setattr(cuda, "is_here", operator.attrgetter("is_cpu"))
         monkeypatch.setattr(kernels, "make_plan", lambda batches, tables: kernels.Plan(batches, [cuda], tables))

@@ -1,4 +1,4 @@
-"""Checks of 8-bit moments in the CUDA kernel, run by test_kernels_triton.py, against the readable statement."""
+"""Checks of 8-bit moments in the CUDA kernel, run by test_kernels_triton.py, compared with states.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on two processes, against Trainer in one. See two_processes.py."""
+"""DeepSpeed's ZeRO on two processes, compared with Trainer on one. See two_processes.py."""
 
 import os
 from unittest import mock
@@ -16,7 +16,7 @@ CPU = {"device": "cpu"}
 
 
 def train_zero(folder, stage, zero=None, settings=None, **options):
-    """A run of Trainer with ZeRO on gloo: left alone, accelerate finds no backend for it without an accelerator."""
+    """A run of Trainer with ZeRO on gloo; by default, accelerate finds no backend for it without an accelerator."""
     gloo = mock.patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
     auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
     config = {"zero_optimization": {"stage": stage, **(zero or {})}, **dict.fromkeys(auto, "auto"), **(settings or {})}
@@ -79,7 +79,7 @@ def check_whole_norms_are_refused(folder):
 
 
 def check_a_replaced_optimizer_stops_the_run(folder):
-    """Accelerate turns any optimizer into DeepSpeedCPUAdam when states are offloaded, unless told not to."""
+    """Accelerate replaces any optimizer by DeepSpeedCPUAdam when states are offloaded, unless that is disabled."""
     try:
         train_zero(folder, 2, {"offload_optimizer": CPU}, **ARGS)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The scripts' trainers and output folder on two processes, against one. See two_processes.py."""
+"""The scripts' trainers and output folder on two processes, compared with one. See two_processes.py."""
 
 import importlib.util
 import io
@@ -34,7 +34,7 @@ def check_classifiers_take_the_same_step(folder):
 
 
 def check_every_held_out_example_counts_once(folder):
-    """7 examples in batches of 2 on 2 processes: the last batches are filled up."""
+    """7 examples in batches of 2 on 2 processes: the last batches are padded."""
     for kind in ("bert", "vit"):
         two, one = both(lambda at, n, kind=kind: step(task(kind, rows=7), at / kind, 2, 1), folder)
         assert two["eval_loss"] != one["eval_loss"] or two["loss"] == pytest.approx(one["loss"])

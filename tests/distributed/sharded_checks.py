@@ -1,4 +1,4 @@
-"""DTensor parameters: FSDP2, tensor parallelism and sharded state dicts, against one process. See two_processes.py."""
+"""DTensor parameters: FSDP2, tensor parallelism, sharded state dicts, compared with one process (two_processes.py)."""
 
 import copy
 import warnings
@@ -44,7 +44,7 @@ class Net(torch.nn.Module):
 
 
 def groups(model):
-    """As Trainer makes them: weight decay on matrices only."""
+    """Groups like Trainer's: weight decay for matrices only."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     return [
         {"params": matrices},
@@ -189,7 +189,7 @@ def check_tensor_parallel_equals_one_process():
         reference, _ = single(normalize_inverse=normalize)
         for path in PATHS.values():
             model = Net()
-            # Split columns of `up` come together again before the norm, which like `scale` stays a plain tensor.
+            # The columns of `up` are split, but gathered again before the norm, which is a plain tensor like `scale`.
             parallelize_module(
                 model,
                 mesh,
@@ -215,7 +215,7 @@ def check_gradients_missing_at_first():
 
 
 def check_full_state_dict_goes_to_one_process_and_back():
-    """FSDP2's full state dict, the torch.save format, continues in one process, and its state in two."""
+    """A run continues from FSDP2's full state dict (the torch.save format) in one process, and vice versa in two."""
     straight, _ = single()
     model = shard(Net())
     optimizer = DualAdam(groups(model), **OPTIONS)
@@ -321,7 +321,7 @@ def check_fsdp1_equals_one_process_and_resumes():
 
 def _fsdp1(use_orig_params):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch announces the end of FSDP1
+        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates FSDP1
         model = FullyShardedDataParallel(Net(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
         # Not the full state dict: torch 2.13 mixes up the moments when it loads that with use_orig_params on a CPU,
         # AdamW's too.

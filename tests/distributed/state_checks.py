@@ -51,7 +51,7 @@ def shard(model):
 
 
 def train(model, optimizer, first=0, last=STEPS):
-    """Steps on gradients that are the same on every process."""
+    """Take steps with gradients that are the same on every process."""
     for step in range(first, last):
         for index, p in enumerate(model.parameters()):
             noise = torch.Generator().manual_seed(100 * step + index)
@@ -72,7 +72,7 @@ def assert_same_bits(model, optimizer, reference, reference_optimizer):
 
 
 def _gathered(tensor):
-    """The whole tensor; gloo and NCCL know no 16-bit integers."""
+    """The whole tensor; gloo and NCCL do not support 16-bit integers."""
     return whole(tensor.int()).short() if tensor.dtype == torch.int16 else whole(tensor)
 
 

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: see two_processes.py for how they are launched."""
+"""Two gloo processes compared with one; two_processes.py launches them."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Trainer and accelerate on two processes, against Trainer in one. See two_processes.py."""
+"""Trainer and accelerate on two processes, compared with Trainer on one. See two_processes.py."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ def data(rows=48):
 
 @contextlib.contextmanager
 def one_process():
-    """Trainer as if started alone; both processes do the same work."""
+    """Trainer as in a single process; both processes do the same work."""
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     _forget()
     with mock.patch.dict(os.environ, alone, clear=True):
@@ -48,13 +48,13 @@ def one_process():
 
 
 def _forget():
-    """Let the next Accelerator look at its surroundings anew."""
+    """Make the next Accelerator read its environment again."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
 
 def train(folder, world=2, resume=None, **options):
-    """A run on batches of 8 examples in all."""
+    """A run with a global batch of 8 examples."""
     defaults = {
         "output_dir": str(folder),
         "optim": "dualadam",
@@ -134,7 +134,7 @@ def _ddp_accelerator():
 
 
 def _loop(accelerator, first=0, last=10, save=None, load=None):
-    """A training loop through accelerate; returns the model."""
+    """Train in a loop with accelerate; return the model."""
     model = Net()
     optimizer = DualAdam(model.parameters(), lr=1e-2, switch_rate=0.1, normalize_inverse=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 20)
@@ -176,7 +176,7 @@ def _fsdp2_accelerator(kind):
 
 
 def _force_fsdp2(kind):
-    """Take accelerate's FSDP2 branch on gloo: left alone, it does so on accelerators only and uses DDP on CPUs."""
+    """Make accelerate use FSDP2 with gloo; by default, it does so only on accelerators and uses DDP on CPUs."""
     AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         state_dict_type=kind,

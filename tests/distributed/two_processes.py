@@ -23,7 +23,7 @@ WORLD_SIZE = 2
 
 
 def checks(module: str) -> list[str]:
-    """The names of a module's checks, in order, read without importing it."""
+    """The names of a module's checks, in order, without importing it."""
     lines = (FOLDER / f"{module}.py").read_text().splitlines()
     return [line[4 : line.index("(")] for line in lines if line.startswith("def check_")]
 
@@ -54,7 +54,7 @@ def _port() -> str:
 
 
 def _work(rank: int, module, out: str, settings: dict[str, str]) -> None:
-    """One of the two processes: runs every check, and tells the other how it went after each."""
+    """One of the two processes: runs every check and sends its result to the other process."""
     import torch.distributed as dist
 
     os.environ.update(settings, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))

@@ -1,4 +1,4 @@
-"""Trains, kills the training with SIGKILL again and again, and resumes: ``python crashing.py FOLDER KILLS SEED``.
+"""Train, kill the training repeatedly with SIGKILL, and resume it: ``python crashing.py FOLDER KILLS SEED``.
 
 Every training is a process of its own, forked from this one, which has done the imports. It is killed at a random
 moment of its life or, every other time, within milliseconds of a checkpoint folder's appearing. The last line printed
@@ -41,7 +41,7 @@ class Net(torch.nn.Module):
 
 
 class Announcement(TrainerCallback):
-    """Leaves a file behind when training begins, for the parent process to see."""
+    """Creates a file when training begins, as a signal to the parent process."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -51,7 +51,7 @@ class Announcement(TrainerCallback):
 
 
 def train(folder, optim):
-    """What a user's script does: resume from the last complete checkpoint, if there is one."""
+    """Do what a user's script does: resume from the last complete checkpoint, if there is one."""
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     args = TrainingArguments(
         output_dir=str(folder),
@@ -76,7 +76,7 @@ def train(folder, optim):
 
 
 def start(folder, optim):
-    """Start a training in a process of its own; returns its id."""
+    """Start a training in a new process; return its id."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "begun").unlink(missing_ok=True)
     sys.stdout.flush()
@@ -95,7 +95,7 @@ def start(folder, optim):
 
 
 def run_to_the_end(folder, optim):
-    """Seconds that an undisturbed training takes from its first step on."""
+    """Seconds that an undisturbed training takes after its first step."""
     child = start(folder, optim)
     wait_until((folder / "begun").exists, child)
     begun = time.monotonic()
@@ -114,7 +114,7 @@ def wait_until(condition, child):
 
 
 def kill(folder, optim, generator, duration, during_write):
-    """Train and kill; returns whether it was still alive, and whether it leaves a half-written checkpoint."""
+    """Train and kill; return whether the process was still alive, and whether it leaves an incomplete checkpoint."""
     before = set(folder.glob("checkpoint-*"))
     child = start(folder, optim)
     alive = wait_until((folder / "begun").exists, child)

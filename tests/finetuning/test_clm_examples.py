@@ -1,4 +1,4 @@
-"""Texts, chats and prompts that people have: joined, cut and dropped as said, or refused with file, row and reason."""
+"""Texts, chats and prompts are joined, cut and dropped as documented, or refused with file, row and reason."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ def tokenizer(tmp_path_factory):
 
 
 def trainer_of(tmp_path, tokenizer, rows, held_out=None, *options, ending="jsonl"):
-    """The trainer that a command line leads to, ready for its first step."""
+    """The trainer for a command line, ready for its first step."""
     files = {}
     for split, content in (("train", rows), ("validation", held_out)):
         if content is not None:

@@ -1,4 +1,4 @@
-"""Examples are read alike from every format, and what is wrong with them is said in one line."""
+"""Examples are read the same way from every format, and anything wrong with them is a one-line error."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Loss, gradient and inverse share of a step are those of its global batch, however it is cut up."""
+"""Loss, gradient and inverse share of a step are those of its global batch, however it is split."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_micro_batches_give_the_figures_of_the_whole(tmp_path, kind, options):
 
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="Transformers 4 is right")
 def test_trainer_alone_multiplies_the_loss_of_a_classifier(tmp_path):
-    """What is cured here; when this fails, Transformers has cured it."""
+    """The problem solved here; when this test fails, Transformers has solved it."""
     of = task("bert")
     of.trainer_cls = type(of).trainer_cls
     whole = step(of, tmp_path / "whole", 8, 1)["loss"]

@@ -1,4 +1,4 @@
-"""Odd and hostile input ends in one line that says what is wrong, and an old run in the output folder stays as it was.
+"""Odd or hostile input ends with a one-line error, and an old run in the output folder is not changed.
 
 Configs, ``optim_args``, text files and images are drawn at random; what is accepted must then train and evaluate.
 120 configs, 200 ``optim_args``, 24 sets of text files and 12 of images by default; ``HYPOTHESIS_PROFILE=nightly``
@@ -40,7 +40,7 @@ DEFAULTS = {field.name: field.default for cls in TYPES for field in dataclasses.
 
 
 def tries(count):
-    """Settings for this many examples, the same ones every time; ten times as many at night, others every time."""
+    """Settings for this many examples, always the same; the nightly run uses ten times as many, chosen at random."""
     return hypothesis.settings(
         max_examples=count * (10 if NIGHTLY else 1),
         derandomize=not NIGHTLY,
@@ -100,7 +100,7 @@ configs = st.one_of(
 
 @contextlib.contextmanager
 def no_traces():
-    """A new current folder, and the process as it was afterwards: some arguments set environment variables."""
+    """A new working folder; afterwards, the environment variables are restored, since some arguments set them."""
     environment, folder, level = dict(os.environ), os.getcwd(), logging.root.level
     with tempfile.TemporaryDirectory() as new:
         os.chdir(new)
@@ -114,7 +114,7 @@ def no_traces():
 
 
 def one_line(function):
-    """The line that a user reads if this fails as it should, or None if it ends well; anything else is a failure."""
+    """The line that a user reads if this fails as intended, None if it succeeds; anything else fails the test."""
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             run_main(function)
@@ -159,7 +159,7 @@ def test_any_optim_args_are_read_or_refused(text, optimizer_cls):
 
 
 def old_run(folder):
-    """What an earlier run has left: files that are replaced only when training begins."""
+    """The files of an earlier run, which are replaced only when training begins."""
     for name in ("trainer_state.json", "model.safetensors", "checkpoint-3/optimizer.pt", "notes.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"old " + name.encode())
@@ -187,7 +187,7 @@ def run_over_old(main, folder, *argv):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_plots():
-    """Most of a short run's time is spent on drawing."""
+    """Skip the plots, which take most of the time of a short run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "plot_learning_curves", lambda *args: None)
         yield

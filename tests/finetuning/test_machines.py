@@ -1,4 +1,4 @@
-"""Output folders, homes, terminals and processes as they are: refused before the work, or no obstacle."""
+"""Unusual output folders, home folders, terminals and processes work, or are refused before training."""
 
 import io
 import subprocess
@@ -94,7 +94,7 @@ def test_one_process_writes_to_a_folder(tmp_path, options):
                 run_glue.main([*options, *again, "--output_dir", str(out)])
         args = TrainingArguments(str(out), report_to="none")
         with _Start(args, None) as start, pytest.raises(InputError, match="another process"):
-            start.begin(args)  # the other one began while this one loaded its data
+            start.begin(args)  # the other process began while this one loaded its data
         assert contents(out) == before
     check_output_dir(args)
     with _Start(args, None) as start:
@@ -114,7 +114,7 @@ def test_the_lock_dies_with_its_process(tmp_path):
             check_output_dir(args)
         other.kill()
         other.wait()
-    for _ in range(50):  # the system gives the lock back a moment later
+    for _ in range(50):  # the system releases the lock a moment later
         try:
             return check_output_dir(args)
         except InputError:
@@ -162,7 +162,7 @@ def test_errors_of_the_machine_keep_their_traceback(tmp_path):
             with pytest.raises(type(error)), start.refusals():
                 failing(error)()
         with pytest.raises(ValueError, match="process group") as caught, start.refusals():
-            torch.distributed.barrier()  # stands for a collective whose other processes are gone
+            torch.distributed.barrier()  # like a collective operation whose other processes have ended
         assert not isinstance(caught.value, InputError)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: adapters, bfloat16, another task's, or of packages that are absent."""
+"""Checkpoints found in practice: adapters, bfloat16, trained for another task, or in need of a missing package."""
 
 import json
 
@@ -17,7 +17,7 @@ SHARPNESS = ["--lanczos_steps", "2", "--trace_samples", "1", "--examples", "4"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Examples, a BERT without a head, and one that is trained for them."""
+    """Examples, a BERT without a head, and one trained on the examples."""
     folder = tmp_path_factory.mktemp("models")
     save_bert(folder / "bert")
     for split in ("train", "validation"):

@@ -1,4 +1,4 @@
-"""The real GLUE tasks and images through the scripts, on a tiny model; skipped where the folder is absent."""
+"""The scripts on the real GLUE tasks and images, with a tiny model; skipped if the folder is missing."""
 
 from pathlib import Path
 

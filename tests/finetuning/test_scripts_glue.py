@@ -1,4 +1,4 @@
-"""run_glue.py on a tiny random model: every task, what it writes, what it refuses."""
+"""run_glue.py with a tiny random model: every task, its output, and the errors."""
 
 import subprocess
 import sys
@@ -104,7 +104,7 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, model):
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, weights[name]), name
     state = tmp_path / "out" / "checkpoint-5" / "trainer_state.json"
-    state.write_text(state.read_text()[:100])  # as if killed while it was written
+    state.write_text(state.read_text()[:100])  # as if the run had been killed while writing it
     with pytest.raises(InputError, match="checkpoint-5/trainer_state.json: cannot be read: it is truncated"):
         run_glue.main([*whole, "--resume_from_checkpoint", str(state.parent)])
     resumed = run_glue.main([*whole, "--resume_from_checkpoint", "true"])

@@ -122,7 +122,7 @@ def test_crops_keep_the_share_asked_for():
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0 and boxes.max() <= 40 + 1e-9
     assert (width / height).max() <= 16 / 9 and (width * height).max() <= 1600 + 1e-6
-    assert (width * height).min() >= 0.5 * 1600 * 0.85  # a crop cut off at the border is a little smaller
+    assert (width * height).min() >= 0.5 * 1600 * 0.85  # a crop at the border can be a little smaller
 
 
 def test_padded_crops_shift_the_image_and_fill_with_black():

@@ -1,4 +1,4 @@
-"""A data set like GLUE's is one table entry, a kind of task one registry entry; other texts are understood."""
+"""A GLUE-like data set takes one table entry, a kind of task one registry entry; other texts need neither."""
 
 import logging
 

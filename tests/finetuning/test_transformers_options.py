@@ -1,4 +1,4 @@
-"""Command lines and args.json of Transformers' example scripts work here, or the message names our equivalent.
+"""Command lines and args.json files of Transformers' example scripts work, or the message names our equivalent.
 
 The options are those of run_glue.py, run_image_classification.py and run_clm.py, versions 4.20 to 5.
 """

@@ -1,4 +1,4 @@
-"""Fine-tunes a text classifier as Transformers' example scripts do: dataclasses, csv files, metrics saved to files."""
+"""Fine-tunes a text classifier like Transformers' example scripts: dataclasses, csv files, metrics saved to files."""
 
 import sys
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A Trainer script that knows nothing of hf_dualadam; a model of 15 weights, trained in a fraction of a second."""
+"""A Trainer script that does not use hf_dualadam; its model has 15 weights and trains in a fraction of a second."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 @dataclass
 class DataArguments:
-    """What is trained on, and whether the metrics are saved, printed or made to fail."""
+    """Options for the data, and for saving the metrics or crashing."""
 
     examples: int = 64
     save: bool = False

@@ -1,4 +1,4 @@
-"""Comparisons: equal terms, runs shared between workers that may die, statistics, and a complete report."""
+"""Comparisons: equal budgets, runs shared by workers that may die, statistics, and a complete report."""
 
 import json
 import multiprocessing
@@ -132,7 +132,7 @@ def open_study(comparison, folder, **kwargs):
 
 
 def hang_in_second(comparison, log):
-    """The first run goes well; the second says that it has begun, and never ends."""
+    """The first run succeeds; the second signals that it has begun, and never ends."""
     execute, done = fake_execute(comparison, log), []
 
     def hang(run):
@@ -181,7 +181,7 @@ def test_killed_workers_leave_nothing_to_clean_up(tmp_path):
     results = study.queue.results()
     assert set(results) == {run.key for run in study.known_runs(results)}
     assert len(results) == comparison.size() == 3 * (2 + 2)
-    assert sorted(log.read_text().splitlines()) == sorted(results)  # each finished run was done once
+    assert sorted(log.read_text().splitlines()) == sorted(results)  # each finished run was executed once
 
 
 def test_a_worker_killed_while_it_writes_keeps_nobody_waiting(tmp_path):
@@ -462,7 +462,7 @@ def test_all_runs_are_in_the_results(finished):
     measured = ["selection_metric", "heldout_metric", "heldout_loss", "train_loss", "gap_loss", "gap_metric"]
     measured += ["hessian_top_eigenvalue", "hessian_trace", "ball_sharpness", "seconds", "peak_memory_mb"]
     assert final[measured].notna().all().all()
-    assert good.loc[good["role"] == "selection", "heldout_metric"].isna().all()  # the held-out data stay untouched
+    assert good.loc[good["role"] == "selection", "heldout_metric"].isna().all()  # the held-out data are not used
     shares = final.groupby("optimizer")[["inverse_share_1pct", "inverse_share_10pct", "inverse_share_50pct"]].mean()
     assert shares.loc["dualadam_normalized", "inverse_share_10pct"] > 0.5 and shares.loc["adamw"].isna().all()
     assert set(final.loc[final["optimizer"] == "sam", "steps"]) == {5}

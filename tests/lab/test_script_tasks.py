@@ -1,4 +1,4 @@
-"""Comparisons on scripts that know nothing of this package."""
+"""Comparisons of scripts that do not use this package."""
 
 import json
 import math
@@ -175,7 +175,7 @@ def test_metrics_come_from_files_or_from_what_the_trainer_logs(tmp_path):
     results = json.loads((folder / "output" / "all_results.json").read_text())
     assert saved["selection_metric"] == results["eval_accuracy"] == logged["selection_metric"]
     assert saved["heldout_metric"] == results["predict_accuracy"] and saved["heldout_loss"] == results["predict_loss"]
-    assert {path.suffix for path in (folder / "output").iterdir()} == {".json"}  # no checkpoints are left
+    assert {path.suffix for path in (folder / "output").iterdir()} == {".json"}  # checkpoints are deleted
 
 
 def test_a_script_that_cannot_start_ends_the_comparison_and_one_that_fails_later_is_a_crashed_run(tmp_path):
@@ -215,7 +215,7 @@ def wait_for(happened, what):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_killed_and_continued_and_shared_by_two_processes(tmp_path):
-    """The worker and its script die; the same command, with two workers, then does each run once."""
+    """The worker and its script die; rerun with two workers, the same command then executes each run once."""
     script = tmp_path / "train.py"
     wait = f"import os, pathlib, time\npathlib.Path({str(tmp_path)!r}, f'started-{{os.getpid()}}').touch()\n"
     script.write_text(wait + f"if not pathlib.Path({str(tmp_path)!r}, 'go').exists():\n    time.sleep(600)\n")
@@ -242,7 +242,7 @@ def test_killed_and_continued_and_shared_by_two_processes(tmp_path):
         (name, seed) for name in ("adamw", "dualadam") for seed in (0, 1)
     ]
     assert set(runs["status"]) == {"ok"} and runs["heldout_metric"].notna().all()
-    assert len(list(tmp_path.glob("started-*"))) == 1 + 4  # each run was done once
+    assert len(list(tmp_path.glob("started-*"))) == 1 + 4  # each run was executed once
     report = (tmp_path / "out" / "report.md").read_text()
     assert "**The learning rate and the final score use the same data** for train" in report
     assert "Sharpness was not measured." in report

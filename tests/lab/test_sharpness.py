@@ -1,4 +1,4 @@
-"""Sharpness figures equal those of the explicitly built Hessian of a small Hugging Face model."""
+"""The sharpness of a small Hugging Face model equals that of its explicitly built Hessian."""
 
 import copy
 import json
@@ -100,7 +100,7 @@ def test_model_is_left_as_it_was(model, batches):
     first = measure_sharpness(model, batches, lanczos_steps=3, trace_samples=2)
     assert model.training and all(param.grad is None for param in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert first == measure_sharpness(model, batches, lanczos_steps=3, trace_samples=2)  # dropout stays out
+    assert first == measure_sharpness(model, batches, lanczos_steps=3, trace_samples=2)  # dropout is disabled
 
 
 def test_unused_and_frozen_parameters_are_left_out(model, batches):

@@ -1,4 +1,4 @@
-"""What a killed run leaves half-written is passed over, and said in one line that names the file."""
+"""Incomplete checkpoints of a killed run are skipped, with one line that names the file."""
 
 import json
 import shutil

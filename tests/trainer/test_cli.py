@@ -14,7 +14,7 @@ from hf_dualadam import cli
 ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, "-m", "hf_dualadam"]
 
-# Looks at everything that a launcher could get wrong, then fails.
+# Inspects everything that a launcher could get wrong, then fails.
 PROBE = '''
 """A script."""
 import atexit
@@ -46,7 +46,7 @@ except ZeroDivisionError as error:
     raise ValueError("the script's own error") from error
 '''
 
-# A Trainer script as its user wrote it; at the end it spawns a process.
+# A user's Trainer script; at the end it spawns a process.
 TRAINER_SCRIPT = """
 import multiprocessing
 
@@ -117,7 +117,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(autouse=True)
 def environment():
-    """What the launcher changes in the environment is for its process."""
+    """The launcher's changes of the environment are undone after each test."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -146,17 +146,17 @@ def test_console_command_shows_a_script_what_plain_python_shows_it(tmp_path):
     assert_same(run([sys.executable, str(console), *command], tmp_path), plain)
 
 
-# Ways to end other than by an error, and an error that is not the main thread's.
+# Ways to end without an error, and an error in a thread other than the main one.
 ENDINGS = {
     "text.py": "import sys\nsys.exit('no data')",
     "none.py": "import sys\nsys.exit()",
-    # With Transformers, whose exit handlers change this status for every script that imports it.
+    # These are tested with Transformers, whose exit handlers change the status of every script that imports it.
     "interrupt.py": "from transformers import TrainingArguments\nraise KeyboardInterrupt",
     "at_once.py": "import os\nos._exit(9)",
     "thread.py": "import threading\nthreading.Thread(target=lambda: 1 / 0, name='worker').start()",
     "group.py": "class Stop(BaseException):\n    pass\n\n\nraise Stop('here') from KeyError('why')",
 }
-# The package is imported once; each script then runs in a process of its own, which ends as its script does.
+# The package is imported once; each script then runs in its own process, which ends as the script does.
 RUN_EACH = """
 import os
 import sys
@@ -233,7 +233,7 @@ def test_processes_spawned_by_a_module_target_know_the_optimizers(tmp_path):
     assert result.stdout.split() == ["__mp_main__", "package", "invadam"], result.stderr
 
 
-# Every other way to start a Python process; each prints the optimizer of a TrainingArguments of its own.
+# Every other way to start a Python process; each process prints the optimizer of its own TrainingArguments.
 CHILD = """
 import sys
 

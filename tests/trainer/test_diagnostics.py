@@ -1,4 +1,4 @@
-"""The figures of the last step are those of its formula, for every kind of state, and reading them changes nothing."""
+"""The statistics of the last step match the formula, for every kind of state, and reading them changes nothing."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hf_dualadam.kernels import cpu
 
 
 def _expected(optimizer):
-    """The figures by definition, in float64, from all parameters at once."""
+    """The statistics by definition, in float64, from all parameters at once."""
     parts = {name: [] for name in ("adam", "inverse", "weighted", "whole", "moved", "size")}
     alphas = []
     for group in optimizer.param_groups:
@@ -57,7 +57,7 @@ def _run(cls=DualAdam, dtype=torch.float32, size=1.0, steps=3, **options):
 
 @pytest.fixture(params=["kernel", "blocks"], autouse=True)
 def way(request, monkeypatch):
-    """With the kernel, where it is built, and without."""
+    """With the kernel, if it is built, and without it."""
     if request.param == "blocks":
         monkeypatch.setattr(cpu, "is_here", lambda param: False)
     elif cpu.load() is None:

@@ -1,4 +1,4 @@
-"""A loss that Trainer scales wrongly is said in one line, in every Trainer where the factor shows and nowhere else."""
+"""A loss that Trainer scales wrongly gets a one-line warning, in every Trainer it affects and in no other."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ LLAMA = LlamaConfig(vocab_size=32, num_labels=3, pad_token_id=0, **CONFIG)
 
 
 class _OwnMean(Trainer):
-    """A loss of one's own, the mean over the micro-batch, as many have written it."""
+    """A custom loss that is the mean over the micro-batch, a common mistake."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
@@ -32,7 +32,7 @@ class _OwnMean(Trainer):
 
 
 class _OwnSum(Trainer):
-    """The same, divided as Trainer expects."""
+    """The same loss, divided as Trainer expects."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
@@ -57,7 +57,7 @@ def _sum_loss(outputs, labels, num_items_in_batch=None):
     return loss / (len(labels) if num_items_in_batch is None else float(num_items_in_batch))
 
 
-# Model, Trainer, its options, TrainingArguments'; which of them are wrong depends on transformers, so it is measured.
+# Model, Trainer, and options of both; which combinations are wrong depends on transformers, so it is measured.
 CASES = {
     "bert": (BertForSequenceClassification, Trainer, {}, {}),
     "bert, adamw": (BertForSequenceClassification, Trainer, {}, {"optim": "adamw_torch"}),

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: the same outcome on every path, a warning in the first log, a callback that stops."""
+"""Non-finite gradients: the same result on every path, a warning in the first log, a callback that stops training."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ BAD = [math.nan, math.inf, -math.inf, 1e25, -1e25]  # the square of the last two
 
 
 def _after_one_bad_gradient(path, dtype, bad, switch_rate, normalize_inverse):
-    """Parameter and moments after a good step, one with a bad element, and a good one."""
+    """Parameter and moments after three steps, the second of which has one bad element in its gradient."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2, 33, generator=generator)
     params = [torch.nn.Parameter(row.to(dtype)) for row in start]
@@ -148,14 +148,14 @@ def test_not_with_loss_scaling(tmp_path):
 
 
 class _Holder:
-    """A model that is no module, as setfit's."""
+    """A model that is not a module, such as setfit's."""
 
     def __init__(self):
         self.name, self.body = "holder", TinyModel()
 
 
 class _HoldingTrainer(Trainer):
-    """Tells its callbacks of the holder, as setfit's does."""
+    """Passes the model's holder to its callbacks, as setfit's Trainer does."""
 
     def create_scheduler(self, *args, **kwargs):
         scheduler = super().create_scheduler(*args, **kwargs)

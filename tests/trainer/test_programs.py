@@ -1,4 +1,4 @@
-"""The examples in docs/programs.md run as printed where their packages are installed; so does TRL's command line."""
+"""The examples in docs/programs.md run as printed if their packages are installed; so does TRL's command line."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ EXAMPLES = BLOCK.findall((ROOT / "docs" / "programs.md").read_text())
 def _importable(name):
     if importlib.util.find_spec(name) is None:
         return False
-    # timm is there without a torchvision that imports, on some machines.
+    # Some machines have timm, but no torchvision that can be imported.
     return name != "timm" or subprocess.run([sys.executable, "-c", "import timm"], capture_output=True).returncode == 0
 
 

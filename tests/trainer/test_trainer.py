@@ -197,7 +197,7 @@ def test_search_over_optimizers_and_their_options(tmp_path):
 
 
 class _Signs(torch.optim.Optimizer):
-    """A third optimizer, with options of its own."""
+    """A third optimizer, with its own options."""
 
     def __init__(self, params, lr=1e-3, weight_decay=0.0, *, foreach=None):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "foreach": foreach})
@@ -295,7 +295,7 @@ def test_checkpoint_with_the_plan_of_an_older_version_loads(tmp_path):
 
 
 class _OutOfMemoryAbove(TinyModel):
-    """Fails as a GPU does on a batch that is too large, from the given call on."""
+    """Fails like a GPU with a batch that is too large, from the given call on."""
 
     def __init__(self, rows, calls=0):
         super().__init__()
@@ -322,7 +322,7 @@ def test_switch_follows_the_plan_when_the_batch_size_is_found(calls, tmp_path, c
     trainer = Trainer(_OutOfMemoryAbove(8, calls), args, train_dataset=_data())
     trainer.train()
     steps = trainer.state.max_steps
-    assert steps > 16  # more than were planned at first, 2 batches an epoch
+    assert steps > 16  # more than the initial plan of 2 batches per epoch
     assert _optimizer(trainer).param_groups[0]["switch_rate"] == pytest.approx(2 / steps)
     inverse = sum(entry["alpha"] > 0 for entry in trainer.state.log_history if "loss" in entry)
     assert inverse == steps // 2 - 1 - calls
@@ -350,7 +350,7 @@ def test_model_init_starts_the_phase_afresh(tmp_path, caplog):
 
 
 class _OwnScheduler(Trainer):
-    """Does not tell anyone how many steps it plans."""
+    """Does not pass on the number of planned steps."""
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer or self.optimizer, 1.0)
