@@ -60,25 +60,10 @@ class MomentOptimizer(Optimizer):
         moments_of_state: names of the moments in a parameter's state, in the order of the formula's arguments.
         own_options: names of the options that the subclass adds to the parameter groups.
 
-    Args:
-        params: tensors or parameter groups; floating point, dense.
-        lr: learning rate, a number >= 0 or a one-element tensor. Default 1e-3.
-        betas: decay rates of the two moments, each in [0, 1). Default (0.9, 0.999).
-        eps: added to the root of the second moment, >= 0. Default 1e-8.
-        weight_decay: decoupled weight decay, >= 0. Default 0.
-        state_bits: 32, or 8 for moments in 8-bit codes where a tensor is large enough. Default 32.
-        master_weight_bits: 24 or 32 to train float16 and bfloat16 parameters as weights of that many bits, with a
-            correction kept in the state; None to train the parameters themselves. Default None.
-        foreach: True to force the multi-tensor path, False to disable it. Default None: the fastest available.
-        fused: True to force the one-pass kernel, False to disable it; True is refused for parameters on the meta
-            device. Default None: the fastest available, chosen once the parameters are materialized.
-        maximize: ascend instead of descend. Default False.
-        capturable: never read a device value on the host, for CUDA graphs. Default False.
-        options: the subclass's own options.
+    The arguments and errors are those of :class:`~hf_dualadam.DualAdam`, except the options of its formula.
 
-    Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; a parameter is sparse or complex; a
-            path was forced that is not available.
+    Args:
+        options: the subclass's own options.
     """
 
     rule: ClassVar[UpdateRule]

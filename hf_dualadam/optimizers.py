@@ -23,7 +23,7 @@ class DualAdam(MomentOptimizer):
         alpha  = max(0, 1 - t * switch_rate), and 0 as soon as it is smaller than switch_rate
         theta <- theta - lr * [(1 - alpha) * m^ / d + alpha * m^ * d]
 
-    With alpha = 1 throughout it is :class:`InvAdam`; from alpha = 0 on it is ``torch.optim.AdamW``, to rounding.
+    With alpha = 1 throughout it is :class:`InvAdam`; from alpha = 0 on it is ``torch.optim.AdamW``, up to rounding.
     Source: Shi, Chen, Jin and Zhou, arXiv 2603.07122, and the authors' public code. Where the two differ, this follows
     the code: the weight decay is decoupled, and any alpha below ``switch_rate`` is treated as 0. Unlike in the code,
     the step count is part of the state, so a resumed run continues where it stopped. ``normalize_inverse``,
@@ -49,7 +49,8 @@ class DualAdam(MomentOptimizer):
         master_weight_bits: 24 or 32 to train float16 and bfloat16 parameters as weights of that many bits, with a
             correction kept in the state. Default None: train the parameters themselves.
         foreach: True to force the multi-tensor path, False to disable it. Default None: the fastest available.
-        fused: True to force the one-pass kernel, False to disable it. Default None: the fastest available.
+        fused: True to force the one-pass kernel, False to disable it; True is refused for parameters on the meta
+            device. Default None: the fastest available, chosen once the parameters are materialized.
         maximize: ascend instead of descend. Default False.
         capturable: never read a device value on the host, for CUDA graphs. Default False.
 
@@ -117,23 +118,11 @@ class InvAdam(DualAdam):
     Adam's learning rates. Source: arXiv 2603.07122; ``normalize_inverse``, ``inverse_scale``, ``state_bits`` and
     ``master_weight_bits`` are ours.
 
-    Args:
-        params: as in :class:`DualAdam`, like all further arguments.
-        lr: learning rate. Default 1e-3.
-        betas: decay rates of the two moments. Default (0.9, 0.999).
-        eps: added to the root of the second moment. Default 1e-8.
-        weight_decay: decoupled weight decay. Default 0.
-        normalize_inverse: rescale the update to the root mean square of Adam's. Default False.
-        inverse_scale: factor of the update. Default 1.
-        state_bits: 32 or 8. Default 32.
-        master_weight_bits: 24, 32 or None. Default None.
-        foreach: force or disable the multi-tensor path. Default None.
-        fused: force or disable the one-pass kernel. Default None.
-        maximize: ascend instead of descend. Default False.
-        capturable: for CUDA graphs. Default False.
+    All arguments and errors are those of :class:`DualAdam`, without ``switch_rate``. Two have another meaning:
 
-    Raises:
-        ValueError, TypeError: as :class:`DualAdam`.
+    Args:
+        normalize_inverse: rescale the update, per tensor, to the root mean square of Adam's. Default False.
+        inverse_scale: factor of the update, >= 0. Default 1.
     """
 
     def __init__(
