@@ -77,14 +77,14 @@ def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> Invers
 
 
 class _Measured(NamedTuple):
-    """Parameters and what was measured of them.
+    """Parameters and their measurements.
 
     Attributes:
         params: those that have been updated.
-        rows: of each, its place in the next two lists, which hold each combination of group and step once.
+        rows: the index of each in the next two lists, which have each combination of group and step once.
         steps: step counts.
         scalars: the scalars of those steps.
-        squares: of each parameter the squared norms of m/d, m*d, m and the parameter, in float64.
+        squares: for each parameter, the squared norms of m/d, m*d, m and the parameter, in float64.
     """
 
     params: list[Tensor]
@@ -94,11 +94,11 @@ class _Measured(NamedTuple):
     squares: Tensor
 
     def parts(self) -> Tensor:
-        """Squared norms of the parts of the update.
+        """Squared norms of the components of the update.
 
         Returns:
-            Of each parameter those of m^/d, m^*d, the weighted inverse part, both weighted parts together, the step,
-            and the parameter; shape (6, parameters).
+            For each parameter, those of m^/d, m^*d, the weighted inverse part, the sum of both weighted parts, the
+            step, and the parameter; shape (6, parameters).
         """
         table = [
             (s.adam_weight, s.inverse_weight, s.normalize_inverse, s.lr, 1 - s.beta1**step)
@@ -108,7 +108,7 @@ class _Measured(NamedTuple):
         adam_weight, inverse_weight, normalized, lr, bias1 = columns
         adam, inverse, first, size = self.squares.unbind(1)
         ratio = torch.where(normalized != 0, norm_ratio(adam.sqrt(), inverse.sqrt()), 1.0)
-        # The product of both parts is m^2. A part with weight 0 counts as 0, even if it is infinite.
+        # m/d times m*d is m^2. A component with weight 0 counts as 0, even if it is infinite.
         weight = torch.where(inverse_weight == 0, 0.0, inverse_weight * ratio)
         weighted = torch.where(weight == 0, 0.0, weight**2 * inverse)
         whole = weighted + torch.where(adam_weight == 0, 0.0, adam_weight**2 * adam)
@@ -117,7 +117,7 @@ class _Measured(NamedTuple):
 
 
 def _measure(optimizer: DualAdam) -> _Measured:
-    """Measure every parameter that has been updated: by the kernel, or else in blocks."""
+    """Measure every parameter that has been updated, with the kernel if possible, otherwise in blocks."""
     groups, state = optimizer.param_groups, optimizer.state
 
     def collect(_: Any, params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
@@ -162,7 +162,7 @@ def _measure(optimizer: DualAdam) -> _Measured:
 
 
 def _counts(items: list[Any]) -> Tensor:
-    """The step counts of parameters, read at once."""
+    """The step counts of parameters, read in one transfer."""
     home = items[0][2]["step"].device
     return torch.stack([state["step"].to(home) for *_, state in items]).cpu()
 
@@ -178,7 +178,7 @@ def _tensors(param: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tens
 
 
 def _squares_in_blocks(items: list[Any], scalars: list[StepScalars]) -> Tensor:
-    """The same as the kernel's ``last_norms`` of some items without the kernel."""
+    """The ``last_norms`` of some items without the kernel."""
     places, norms, sizes = [], [], []
     for place, ((param, _, state), own_scalars) in enumerate(zip(items, scalars)):
         local, exp_avg, exp_avg_sq = _tensors(param, state)
@@ -205,7 +205,7 @@ def _block_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
 
 
 def _measure_exactly(measured: _Measured, state: dict[Tensor, Any]) -> None:
-    """Measure m/d, m*d and m in float64 where sums of float32 squares do not fit."""
+    """Measure m/d, m*d and m in float64 for parameters whose sums of squares do not fit float32."""
     numels = torch.tensor([*map(Tensor.numel, measured.params)], dtype=torch.float64)
     means = (measured.squares / _SCALES)[:, :3] / numels.unsqueeze(1)
     fit = ((means > _SMALLEST_RMS**2) & (means < _LARGEST_RMS**2)).all(1)

@@ -13,7 +13,7 @@ from .plan import Batches as Batches
 from .plan import Group, Item, Step
 from .plan import Plan as Plan
 
-MAX_PLANS = 1024  # of an optimizer's steps: one of all parameters, and one of each set in gradient release
+MAX_PLANS = 1024  # per optimizer: one for step(), and one for each call of step_params() in gradient release
 Collect = Callable[[Group, list[Tensor]], list[Item]]
 
 
@@ -54,18 +54,18 @@ def planned(
     collect: Collect,
     make: Callable[[Batches], Plan],
 ) -> tuple[Plan, Step]:
-    """Find a plan that fits as things are now, or make one.
+    """Find a plan that fits the current state, or make one.
 
     Args:
-        plans: where plans are kept.
-        key: which of them is wanted.
+        plans: the plans made so far.
+        key: the key of the plan.
         groups: an optimizer's parameter groups.
         state: its state.
         collect: ``collect(group, params)`` returns (param, grad, state) of those params that take part.
         make: makes a plan from what has been collected.
 
     Returns:
-        The plan, and what it has found.
+        The plan, and what its look has found.
     """
     plan = plans.get(key)
     step = plan.look(groups, state, collect) if plan else None
@@ -79,7 +79,7 @@ def planned(
 
 
 def collect_all(groups: list[Group], collect: Collect) -> Batches:
-    """What all groups contribute; see :func:`planned`."""
+    """Collect from all groups; see :func:`planned`."""
     return [(group, collect(group, group["params"])) for group in groups]
 
 
@@ -87,9 +87,9 @@ def make_measuring_plan(batches: Batches) -> Plan:
     """Plan measurements of the last step, which only the CPU kernel makes.
 
     Args:
-        batches: per parameter group its options and the (param, param, state) items of all updated parameters.
+        batches: the options of each parameter group and the (param, param, state) items of its updated parameters.
 
     Returns:
-        The plan, for as long as it fits; its parts have a method ``last_norms``.
+        The plan, whose parts have a method ``last_norms``.
     """
     return Plan(batches, [cpu], {}, reads_grads=False)

@@ -187,7 +187,7 @@ class Part(plan.Part):
 
         Returns:
             Per tensor, or shard, the squared norms of m/d / :data:`SCALE`, m*d * :data:`SCALE`, m and the parameter.
-            They are float64 numbers, but added up from squares in float32.
+            The numbers are float64, but sums of squares in float32.
         """
         sums = torch.empty(len(self.groups), _N_SUMS, dtype=torch.float64)
         _call("last_norms", self._rows, _table_of_options(groups), sums)

@@ -69,7 +69,7 @@ typedef struct {
     double lanes[N_SUMS][LANES];
 } Squares;
 
-/* What dual_update, dual_norms and last_norms do. */
+/* The purposes of dual_update, dual_norms and last_norms. */
 typedef enum { UPDATE, NEXT_NORMS, LAST_NORMS } Purpose;
 
 /* ---- the formula, in float and in double ---- */
@@ -262,7 +262,7 @@ static CLONES void update(const Tensor *t, int64_t begin, int64_t end, const Ste
     }
 }
 
-/* The next block is requested early: nothing is read while sums are added up. */
+/* Prefetches the next block, since nothing is read while squares are summed. */
 static INLINE void prefetch(const void *array, int64_t dtype, int64_t i)
 {
     const char *block = (const char *)array + i * itemsizes[dtype];
@@ -489,7 +489,7 @@ static int64_t plan(Job *job, const double *norm_ratios)
 
 typedef void Parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
 
-/* Implements dual_update, dual_norms and last_norms. Unless `sums` is NULL, stores each tensor's sums of squares in it. */
+/* Implements dual_update, dual_norms and last_norms. Stores each tensor's sums of squares in `sums` if not NULL. */
 static int run(Job job, const double *norm_ratios, double (*sums)[N_SUMS], int threads, Parallel *parallel)
 {
     job.works = calloc(job.n_tensors + 1, sizeof *job.works);

@@ -62,7 +62,8 @@ static INLINE void NAME(update)(REAL *params, const REAL *grads, REAL *exp_avgs,
         NAME(update_elements)(params, grads, exp_avgs, exp_avg_sqs, n, scalars, 0);
 }
 
-/* The sum over one lane of a block; in the type of the numbers, which is faster, if their squares are in its range. */
+/* The sum over one lane of a block. It is computed in the type of the numbers, which is faster, if it can represent
+ * their squares. */
 static INLINE double NAME(sum_of_squares)(const REAL *x, int in_range)
 {
     if (in_range) {
@@ -107,8 +108,8 @@ static INLINE void NAME(norms)(const REAL *restrict grads, REAL *restrict exp_av
     NAME(add_squares)(parts, 2, n, 0, squares);
 }
 
-/* Adds the squares of m/d, of m*d, of m and of the parameters, of n elements, at most BLOCK, as the last update has left
- * them; d is scaled by SCALE. */
+/* Adds the squares of m/d, of m*d, of m and of the parameters after the last update, for n elements, at most BLOCK;
+ * d is scaled by SCALE. */
 static INLINE void NAME(last_norms)(const REAL *restrict params, const REAL *restrict exp_avgs,
                                     const REAL *restrict exp_avg_sqs, int64_t n, const StepScalars *scalars,
                                     Squares *restrict squares)
