@@ -138,7 +138,7 @@ class Machine:
         return time.perf_counter() - start
 
     def extra_bytes(self, function: Callable[[], object]) -> int | None:
-        """Peak memory during a call, above what was in use before; None where the system does not report it."""
+        """Peak memory during a call, above what was in use before; None if the system does not report it."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -153,7 +153,7 @@ class Machine:
         return _proc_bytes("/proc/self/status", "VmHWM") - before
 
     def free_bytes(self) -> int | None:
-        """Free memory; None where the system does not report it."""
+        """Free memory; None if the system does not report it."""
         if self.device == "cuda":
             return torch.cuda.mem_get_info()[0]
         return _proc_bytes("/proc/meminfo", "MemAvailable")
@@ -306,7 +306,7 @@ def benchmark(
         )
     ours = next((name for name in times if isinstance(optimizers[name], DualAdam)), None)
     figures = None
-    if ours is not None:  # what a training log measures, beside a step
+    if ours is not None:  # the measurement for a training log, relative to a step
         both = [
             (machine.seconds(lambda: inverse_statistics(optimizers[ours])), machine.seconds(optimizers[ours].step))
             for _ in range(rounds)

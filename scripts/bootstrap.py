@@ -64,7 +64,7 @@ def prepare(extras: str, transformers4: bool) -> Path:
         if not python.exists():
             venv.create(folder, with_pip=True)
         install = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints]
-        # torch first: pip keeps an installed torch where a requirement would otherwise select a larger build.
+        # torch first: pip keeps an installed torch, where a requirement would otherwise select a larger build.
         for requirement in (["torch"], ["--editable", f"{ROOT}[{extras}]"]):
             subprocess.run([*install, *requirement], check=True)
         stamp.write_text("\n".join([*done, wanted]))

@@ -6,8 +6,8 @@
     python scripts/measure_memory.py --cards        # no measurement: the largest model for each card
 
 Each setting runs in its own process: three training steps on one short text. "weights", "gradients" and "state"
-are the sizes of the tensors that are there between the backward pass and the step; "step" is by how much memory in use
-grows while the third step runs (on Linux or CUDA). Under gradient release, the step is part of the backward pass.
+are the sizes of the tensors that exist between the backward pass and the step; "step" is the growth of memory in use
+during the third step (on Linux or CUDA). With gradient release, parameters are updated in the backward pass.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def largest_models() -> str:
 
 
 def measure(name: str, device: str, pipe) -> None:
-    """Train three steps with a setting and send what they take, in bytes."""
+    """Train three steps with a setting and send the memory that they need, in bytes."""
     bfloat16, options, release = SETTINGS[name]
     torch.manual_seed(0)
     model = BertForMaskedLM(BertConfig()).to(device)
@@ -95,7 +95,7 @@ def measure(name: str, device: str, pipe) -> None:
 
 
 class Growth:
-    """By how much memory in use grows at most from here on."""
+    """The largest growth of memory in use from here on."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -108,7 +108,7 @@ class Growth:
             self.start = _status("VmRSS")
 
     def bytes(self) -> int | None:
-        """The growth; None where it cannot be known."""
+        """The growth; None if it is unknown."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() - self.start
         return max(0, _status("VmHWM") - self.start) if sys.platform == "linux" else None

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Plot how exactly 8-bit codes hold the update, against the size of v: ours, even steps of v, even steps of sqrt(v).
+"""Plot the error of the update with 8-bit codes of v: ours, equal steps of v, and equal steps of sqrt(v).
 
 python scripts/plot_state_codes.py docs/images/state_codes.png
 """
@@ -20,14 +20,14 @@ BLOCK, BLOCKS, DECADES, STEPS = 128, 2000, 12, 16
 
 
 def ours(v: torch.Tensor, step: int) -> torch.Tensor:
-    """V through the 8-bit format of the package."""
+    """Encode v in the 8-bit format of the package, and decode it."""
     state = {"step": torch.tensor(float(step)), **new_moment(MOMENT_FORMATS[8], v, "exp_avg_sq", torch.float32)}
     MOMENT_FORMATS[8].encode_(state, "exp_avg_sq", v)
     return MOMENT_FORMATS[8].decode(state, "exp_avg_sq")
 
 
 def even(v: torch.Tensor, power: float) -> torch.Tensor:
-    """V through 255 even steps of v^power up to the largest of the block."""
+    """Encode v in 255 equal steps of v^power up to the largest value of the block, and decode it."""
     scaled = v.double().pow(power)
     largest = scaled.amax(1, keepdim=True)
     return ((scaled / largest * 255).round() / 255 * largest).pow(1 / power)
@@ -49,7 +49,7 @@ def main() -> None:
         "even steps": [even(v, 1.0)],
     }
     for name, coded in curves.items():
-        # The root of v divides the update: d is held to half of v's relative error.
+        # The root of v divides the update, so d has half of v's relative error.
         errors = (
             torch.stack([((c.double() / v.double()).sqrt() - 1).square() for c in coded]).mean(0).flatten().numpy()
         )
