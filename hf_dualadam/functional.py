@@ -21,7 +21,7 @@ CUDA. The kernels are tested against the first. They differ only in the followin
 |                    | Python               | C                       | Triton                                        |
 |--------------------|----------------------|-------------------------|-----------------------------------------------|
 | m                  | ``lerp_``            | rounded as ``lerp_``    | rounded as ``lerp_``                          |
-| step scalars       | float64, on the host | float64, in each thread | float64, on the device if ``capturable``      |
+| step scalars       | float64, on the host | float64, in each thread | float64, host; device if ``capturable``       |
 | half precision     | float32 copies       | float32, block by block | float32 registers                             |
 | norms              | float64 sums         | float64 sums, by lane   | float32 sums of scaled squares                |
 | float32 sqrt and / | correctly rounded    | correctly rounded       | within 2 units in the last place              |
