@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import kernels
 from .base import MAX_COUNT
 from .functional import StepScalars, component_norms, norm_ratio, step_scalars
+from .kernels import cpu
 from .kernels.cpu import SCALE
 from .kernels.layout import is_sharded, sum_over_shards
 from .optimizers import DualAdam
@@ -129,7 +130,7 @@ def _measure(optimizer: DualAdam) -> _Measured:
     indices: list[int] = []  # of groups
     counts: list[Tensor] = []
     tables: list[Tensor] = []
-    for part, found in zip(plan.parts, step.found):
+    for part, found in zip(cast("list[cpu.Part]", plan.parts), step.found):
         params += found.owners
         indices += part.groups
         counts.append(torch.tensor(part.counts()))

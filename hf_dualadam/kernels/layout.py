@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,6 +42,39 @@ def is_sharded(param: Tensor) -> bool:
 def addresses_of(tensors: Iterable[Tensor]) -> list[int]:
     """The memory addresses of tensors."""
     return [*map(Tensor.data_ptr, tensors)]
+
+
+class _LayoutCheck:
+    """The comparison of :func:`layout_check`, where torch does not offer it."""
+
+    def __init__(self, *tensors: Tensor, **_: Any) -> None:
+        self._seen = self._look_at(tensors)
+
+    @staticmethod
+    def _look_at(tensors: Iterable[Tensor]) -> list[Any]:
+        return [(type(x), x.dtype, x.device, x.shape, x.stride(), x.is_neg(), x.requires_grad) for x in tensors]
+
+    def check(self, *tensors: Tensor) -> bool:
+        return self._look_at(tensors) == self._seen
+
+
+# torch.compile's own comparison, in C++; no public interface, so another release may have it elsewhere or not at all.
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_TensorGuards: Any = getattr(_guards, "TensorGuards", _LayoutCheck)
+
+
+def layout_check(tensors: list[Tensor]) -> Callable[..., bool]:
+    """Remember the layouts of tensors without keeping them alive.
+
+    Args:
+        tensors: plain tensors.
+
+    Returns:
+        A function that tells whether its arguments, equally many, have the types, dtypes, devices, shapes, strides and
+        signs (``is_neg``) of these tensors.
+    """
+    check: Callable[..., bool] = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return check
 
 
 def can_sum_over_shards(param: Tensor) -> bool:

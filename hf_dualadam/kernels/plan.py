@@ -2,7 +2,7 @@
 
 A plan records addresses, shapes and options, but holds no tensor of its optimizer, so it does not keep memory alive.
 It cannot go stale unnoticed either: each step compares the current parameters, gradients and states with those that
-the plan was made for, using ``map``, which loops in C.
+the plan was made for, in loops that run in C.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ..states import local_tensor
-from .layout import Operands, addresses_of, operands, overlapping
+from .layout import Operands, addresses_of, layout_check, operands, overlapping
 
 Group = dict[str, Any]  # a parameter group
 Item = tuple[Tensor, Tensor, dict[str, Any]]  # parameter, gradient, state
@@ -28,7 +28,7 @@ _PARAMS, _GRAD = operator.itemgetter("params"), operator.attrgetter("grad")
 _BLOCK = 256  # tensors that are checked together, so that they stay in the cache
 # Further entries that a state can have: corrections of 16-bit weights, scales of 8-bit moments.
 _CORRECTION, _SCALES = "weight_correction", ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
-_DTYPE, _PLACEMENTS = operator.attrgetter("dtype"), operator.attrgetter("placements")
+_PLACEMENTS = operator.attrgetter("placements")
 # The options that decide which path a group takes; those of the formula are read at every step.
 _PATH = operator.itemgetter("fused", "foreach", "capturable", "normalize_inverse", "state_bits", "master_weight_bits")
 
@@ -77,15 +77,14 @@ class Part:
         self.groups = [member.group for member in members]
         self.sharded = sharded
         params, grads, exp_avgs, exp_avg_sqs, steps = zip(*(member.operands for member in members))
-        whole = all(tensor.is_contiguous() for tensor in chain(params, grads))
-        self._layout: Callable[[Tensor], Any] = Tensor.is_contiguous if whole else Tensor.stride
         self._names = _names(members[0].state)
         self.numels = [param.numel() for param in params]
         self.addresses = [array("q", addresses_of(tensors)) for tensors in (params, exp_avgs, exp_avg_sqs, steps)]
         self._grad_addresses = addresses_of(grads)
         self.graph_tables = graph_tables
         self._reads_grads = reads_grads
-        self._seen: list[Any] = []  # what the first look has seen, by block
+        # What the first look has seen, by block: facts, checks of layouts, addresses.
+        self._seen: list[tuple[list[Any], list[Callable[..., bool]], list[list[int]]]] = []
 
     def look(self, params: list[Tensor], state: dict[Tensor, Any]) -> Found | None:
         """The current tensors, or None if they are no longer those that this part was made for.
@@ -99,39 +98,40 @@ class Part:
         grads: list[Tensor] = []
         addresses: list[int] = []
         for number, begin in enumerate(range(0, len(owners), _BLOCK)):
-            seen, own_shards, own_grads = self._look_at(owners[begin : begin + _BLOCK], state)
+            facts, columns = self._look_at(owners[begin : begin + _BLOCK], state)
+            layouts = columns[:-1]  # a step count has one form, as long as it has one address
             if len(self._seen) == number:
-                self._seen.append(seen)
-            elif seen != self._seen[number]:
+                self._seen.append((facts, [*map(layout_check, layouts)], [*map(addresses_of, columns[1:])]))
+            known_facts, checks, known_addresses = self._seen[number]
+            if facts != known_facts or not all(check(*tensors) for check, tensors in zip(checks, layouts)):
                 return None
-            shards += own_shards
-            grads += own_grads
-            addresses += addresses_of(own_grads)
-        if addresses != self._grad_addresses:  # equal addresses are on the same device
-            if [*map(Tensor.get_device, grads)] != [*map(Tensor.get_device, shards)]:
+            if [*map(addresses_of, columns[1:])] != known_addresses:
                 return None
+            grads += columns[0]
+            shards += columns[1]
+            addresses += addresses_of(columns[0])
+        if addresses != self._grad_addresses:
             self._grad_addresses = addresses
         return Found(owners, shards, grads, self._grad_addresses)
 
-    def _look_at(self, owners: list[Tensor], state: dict[Tensor, Any]) -> tuple[list[Any], list[Tensor], list[Tensor]]:
-        """What must not change about some parameters, and the plain tensors of these and of their gradients."""
+    def _look_at(self, owners: list[Tensor], state: dict[Tensor, Any]) -> tuple[list[Any], list[list[Tensor]]]:
+        """Which tensors some parameters have, and these: of DTensors the shards.
+
+        Returns:
+            What must not change about them, apart from layouts and addresses; lists of gradients, of parameters, and
+            of each entry of the states, ``step`` last.
+        """
         grads = [*map(_GRAD, owners)] if self._reads_grads else owners
         states = [*map(state.__getitem__, owners)]
         columns = [[*map(operator.itemgetter(name), states)] for name in self._names]
-        seen: list[Any] = [[*map(type, grads)], *([*map(id, column)] for column in columns)]
+        facts: list[Any] = [[*map(id, column)] for column in columns]
         if _CORRECTION not in self._names:
-            seen.append(True in map(dict.__contains__, states, repeat(_CORRECTION)))
-        shards = owners
+            facts.append(True in map(dict.__contains__, states, repeat(_CORRECTION)))
+        columns = [grads, owners, *columns]
         if self.sharded:
-            seen.append([*map(_PLACEMENTS, grads)])
-            shards, grads = [*map(local_tensor, owners)], [*map(local_tensor, grads)]
+            facts.append([*map(_PLACEMENTS, grads)])
             columns = [[*map(local_tensor, column)] for column in columns]
-            seen += [[*map(type, tensors)] for tensors in (shards, grads, *columns)]
-        seen += map(addresses_of, (shards, *columns))
-        seen += [[*map(Tensor.numel, tensors)] for tensors in (shards, grads, *columns[1:])]
-        seen += [[*map(self._layout, tensors)] for tensors in (shards, grads)]
-        seen += [[*map(_DTYPE, grads)], True in map(Tensor.is_neg, grads)]
-        return seen, shards, grads
+        return facts, columns
 
     def run(self, found: Found, groups: list[Group]) -> None:
         """Count the step and update.
@@ -307,7 +307,7 @@ def _picker(places: list[int]) -> Callable[[list[Any]], list[Any]]:
 
 def _names(state: dict[str, Any]) -> tuple[str, ...]:
     """The entries of a state that a kernel reads or writes."""
-    names = ("step", "exp_avg", "exp_avg_sq", _CORRECTION, *(() if state["exp_avg"].is_floating_point() else _SCALES))
+    names = ("exp_avg", "exp_avg_sq", _CORRECTION, *(() if state["exp_avg"].is_floating_point() else _SCALES), "step")
     return tuple(name for name in names if name in state)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_dualadam import DualAdam, kernels
-from hf_dualadam.kernels import cpu
+from hf_dualadam.kernels import cpu, layout
 
 pytestmark = pytest.mark.skipif(cpu.load() is None, reason="the CPU kernel is not built: no C compiler")
 
@@ -98,6 +98,16 @@ CHANGES = [
 ]
 
 
+@pytest.fixture(params=["torch's", "own"])
+def layout_check(request, monkeypatch):
+    """The comparison of layouts that torch offers, and the one for a torch without it."""
+    if request.param == "own":
+        monkeypatch.setattr(layout, "_TensorGuards", layout._LayoutCheck)
+    else:
+        assert layout._TensorGuards is not layout._LayoutCheck
+
+
+@pytest.mark.usefixtures("layout_check")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_steps_is_noticed(change):
     results = []
@@ -119,6 +129,7 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.usefixtures("layout_check")
 @pytest.mark.parametrize("kind", GRADIENTS)
 def test_a_gradient_of_another_kind_is_noticed(kind):
     results = []
@@ -135,6 +146,7 @@ def test_a_gradient_of_another_kind_is_noticed(kind):
         torch.testing.assert_close(planned, looped, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("layout_check")
 def test_a_sparse_gradient_is_refused_before_anything_is_counted():
     params, optimizer = _problem()
     params[1].grad = torch.full_like(params[1], 0.5).to_sparse()
@@ -143,6 +155,7 @@ def test_a_sparse_gradient_is_refused_before_anything_is_counted():
     assert {state["step"].item() for state in optimizer.state.values()} == {2}
 
 
+@pytest.mark.usefixtures("layout_check")
 def test_a_plan_serves_until_something_changes(monkeypatch):
     params, optimizer = _problem()
     monkeypatch.setattr(kernels, "make_plan", lambda *args: pytest.fail("the plan was made anew"))
@@ -151,6 +164,7 @@ def test_a_plan_serves_until_something_changes(monkeypatch):
         _step(optimizer, params)
 
 
+@pytest.mark.usefixtures("layout_check")
 def test_a_plan_keeps_nothing_alive():
     params, optimizer = _problem()
     moments = [weakref.ref(state["exp_avg"]) for state in optimizer.state.values()]
