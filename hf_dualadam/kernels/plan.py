@@ -99,11 +99,10 @@ class Part:
         addresses: list[int] = []
         for number, begin in enumerate(range(0, len(owners), _BLOCK)):
             facts, columns = self._look_at(owners[begin : begin + _BLOCK], state)
-            layouts = columns[:-1]  # a step count has one form, as long as it has one address
             if len(self._seen) == number:
-                self._seen.append((facts, [*map(layout_check, layouts)], [*map(addresses_of, columns[1:])]))
+                self._seen.append((facts, [*map(layout_check, columns)], [*map(addresses_of, columns[1:])]))
             known_facts, checks, known_addresses = self._seen[number]
-            if facts != known_facts or not all(check(*tensors) for check, tensors in zip(checks, layouts)):
+            if facts != known_facts or not all(check(*tensors) for check, tensors in zip(checks, columns)):
                 return None
             if [*map(addresses_of, columns[1:])] != known_addresses:
                 return None
@@ -119,7 +118,7 @@ class Part:
 
         Returns:
             What must not change about them, apart from layouts and addresses; lists of gradients, of parameters, and
-            of each entry of the states, ``step`` last.
+            of each entry of the states.
         """
         grads = [*map(_GRAD, owners)] if self._reads_grads else owners
         states = [*map(state.__getitem__, owners)]
@@ -307,7 +306,7 @@ def _picker(places: list[int]) -> Callable[[list[Any]], list[Any]]:
 
 def _names(state: dict[str, Any]) -> tuple[str, ...]:
     """The entries of a state that a kernel reads or writes."""
-    names = ("exp_avg", "exp_avg_sq", _CORRECTION, *(() if state["exp_avg"].is_floating_point() else _SCALES), "step")
+    names = ("step", "exp_avg", "exp_avg_sq", _CORRECTION, *(() if state["exp_avg"].is_floating_point() else _SCALES))
     return tuple(name for name in names if name in state)
 
 
