@@ -99,16 +99,18 @@ class Part:
         addresses: list[int] = []
         for number, begin in enumerate(range(0, len(owners), _BLOCK)):
             facts, columns = self._look_at(owners[begin : begin + _BLOCK], state)
+            fixed = columns[: 1 + len(self._names)]
             if len(self._seen) == number:
-                self._seen.append((facts, [*map(layout_check, columns)], [*map(addresses_of, columns[1:])]))
+                self._seen.append((facts, [*map(layout_check, columns)], [*map(addresses_of, fixed)]))
             known_facts, checks, known_addresses = self._seen[number]
             if facts != known_facts or not all(check(*tensors) for check, tensors in zip(checks, columns)):
                 return None
-            if [*map(addresses_of, columns[1:])] != known_addresses:
+            if [*map(addresses_of, fixed)] != known_addresses:
                 return None
-            grads += columns[0]
-            shards += columns[1]
-            addresses += addresses_of(columns[0])
+            shards += columns[0]
+            if self._reads_grads:
+                grads += columns[-1]
+                addresses += addresses_of(columns[-1])
         if addresses != self._grad_addresses:
             self._grad_addresses = addresses
         return Found(owners, shards, grads, self._grad_addresses)
@@ -117,18 +119,19 @@ class Part:
         """Which tensors some parameters have, and these: of DTensors the shards.
 
         Returns:
-            What must not change about them, apart from layouts and addresses; lists of gradients, of parameters, and
-            of each entry of the states.
+            What must not change about them, apart from layouts and addresses; lists of parameters, of each entry of
+            the states and, if they are read, of gradients.
         """
-        grads = [*map(_GRAD, owners)] if self._reads_grads else owners
         states = [*map(state.__getitem__, owners)]
         columns = [[*map(operator.itemgetter(name), states)] for name in self._names]
         facts: list[Any] = [[*map(id, column)] for column in columns]
         if _CORRECTION not in self._names:
             facts.append(True in map(dict.__contains__, states, repeat(_CORRECTION)))
-        columns = [grads, owners, *columns]
+        columns.insert(0, owners)
+        if self._reads_grads:
+            columns.append([*map(_GRAD, owners)])
         if self.sharded:
-            facts.append([*map(_PLACEMENTS, grads)])
+            facts.append([*map(_PLACEMENTS, columns[-1])])
             columns = [[*map(local_tensor, column)] for column in columns]
         return facts, columns
 
