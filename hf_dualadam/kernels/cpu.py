@@ -187,7 +187,7 @@ class Part(plan.Part):
 
         Returns:
             Per tensor, or shard, the squared norms of m/d / :data:`SCALE`, m*d * :data:`SCALE`, m and the parameter.
-            The numbers are float64, but sums of squares in float32.
+            They are float64 sums of float32 squares.
         """
         sums = torch.empty(len(self.groups), _N_SUMS, dtype=torch.float64)
         _call("last_norms", self._rows, _table_of_options(groups), sums)
