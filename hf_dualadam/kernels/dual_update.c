@@ -20,7 +20,8 @@ const uint32_t dual_update_sources = SOURCES_CHECKSUM;
 
 #define INLINE inline __attribute__((always_inline))
 #define ALIGNED __attribute__((aligned(64)))
-#define BLOCK 128  /* elements read, updated and written at a time; 8-bit moments have one scale per block */
+#define BLOCK 128  /* elements that share a scale in 8-bit moments */
+#define PIECE 4    /* blocks read, updated and written at a time: with fewer, arithmetic waits; with more, memory */
 #define CHUNK 256  /* blocks per task; the param, grad, m and v of a float32 chunk take 512 KiB */
 #define LANES (BLOCK / 4) /* partial sums of squares: enough for several vectors */
 #define N_SUMS 4   /* of squares: of m/d, of m*d and, for the last update only, of m and of the parameters */
@@ -94,7 +95,7 @@ typedef enum { UPDATE, NEXT_NORMS, LAST_NORMS } Purpose;
 /* ---- one pass over the blocks [begin, end) of a tensor ---- */
 
 typedef struct {
-    float param[BLOCK], grad[BLOCK], exp_avg[BLOCK], exp_avg_sq[BLOCK];
+    float param[PIECE * BLOCK], grad[PIECE * BLOCK], exp_avg[PIECE * BLOCK], exp_avg_sq[PIECE * BLOCK];
 } Buffers;
 
 /* Returns float32 numbers in place; converts 16-bit numbers into the buffer. */
@@ -139,13 +140,19 @@ static INLINE void write_params(const Tensor *t, int64_t i, const float *params,
     }
     write_float16(to, params, n);
     if (t->correction_bits) {
-        float rounded[BLOCK];
+        float rounded[PIECE * BLOCK];
         read_float16(rounded, to, n);
         if (t->correction_bits == 8)
             write_float16_corrections((int8_t *)t->correction + i, 8, rounded, params, step, n);
         else
             write_float16_corrections((int16_t *)t->correction + i, 16, rounded, params, step, n);
     }
+}
+
+/* The length of the block that begins at element k of n; a constant where n is one. */
+static INLINE int64_t block_length(int64_t k, int64_t n)
+{
+    return n % BLOCK == 0 || n - k > BLOCK ? BLOCK : n - k;
 }
 
 static INLINE void read_moments(const Tensor *t, int64_t block, int64_t i, Buffers *buffers, float **exp_avg,
@@ -158,8 +165,9 @@ static INLINE void read_moments(const Tensor *t, int64_t block, int64_t i, Buffe
     }
     *exp_avg = buffers->exp_avg;
     *exp_avg_sq = buffers->exp_avg_sq;
-    read_codes(*exp_avg, *exp_avg_sq, (int8_t *)t->exp_avg + i, (uint8_t *)t->exp_avg_sq + i, t->exp_avg_scale[block],
-               t->exp_avg_sq_min[block], t->exp_avg_sq_max[block], n);
+    for (int64_t k = 0; k < n; k += BLOCK, block++)
+        read_codes(*exp_avg + k, *exp_avg_sq + k, (int8_t *)t->exp_avg + i + k, (uint8_t *)t->exp_avg_sq + i + k,
+                   t->exp_avg_scale[block], t->exp_avg_sq_min[block], t->exp_avg_sq_max[block], block_length(k, n));
 }
 
 static INLINE void write_moments(const Tensor *t, int64_t block, int64_t i, const float *exp_avg,
@@ -169,15 +177,20 @@ static INLINE void write_moments(const Tensor *t, int64_t block, int64_t i, cons
         write_bfloat16((uint16_t *)t->exp_avg + i, exp_avg, n);
         write_bfloat16((uint16_t *)t->exp_avg_sq + i, exp_avg_sq, n);
     } else if (t->moments_dtype == CODES) {
-        const Coding coding = coding_of(exp_avg, exp_avg_sq, n);
-        t->exp_avg_scale[block] = coding.scale;
-        t->exp_avg_sq_min[block] = coding.min;
-        t->exp_avg_sq_max[block] = coding.max;
-        write_codes((int8_t *)t->exp_avg + i, (uint8_t *)t->exp_avg_sq + i, exp_avg, exp_avg_sq, &coding, step, n);
+        Coding codings[PIECE]; /* of all blocks first: no block waits for its extremes, root and quotient alone */
+        for (int64_t k = 0, j = 0; k < n; k += BLOCK, j++) {
+            codings[j] = coding_of(exp_avg + k, exp_avg_sq + k, block_length(k, n));
+            t->exp_avg_scale[block + j] = codings[j].scale;
+            t->exp_avg_sq_min[block + j] = codings[j].min;
+            t->exp_avg_sq_max[block + j] = codings[j].max;
+        }
+        for (int64_t k = 0, j = 0; k < n; k += BLOCK, j++)
+            write_codes((int8_t *)t->exp_avg + i + k, (uint8_t *)t->exp_avg_sq + i + k, exp_avg + k, exp_avg_sq + k,
+                        &codings[j], step, block_length(k, n));
     }
 }
 
-static INLINE void update_block(const Tensor *t, int64_t block, int64_t i, int64_t n, const StepScalars *s)
+static INLINE void update_piece(const Tensor *t, int64_t block, int64_t i, int64_t n, const StepScalars *s)
 {
     Buffers buffers ALIGNED;
     float *exp_avg, *exp_avg_sq, *param = read_params(t, i, buffers.param, n);
@@ -245,20 +258,26 @@ static int64_t rest_of_row(const Tensor *t, int64_t block)
     return t->row - block % blocks_of_row(t) * BLOCK;
 }
 
+/* The number of elements to process next: those of up to PIECE blocks, across rows if no block is shorter. */
+static INLINE int64_t piece_length(const Tensor *t, int64_t block, int64_t end)
+{
+    const int64_t most = (end - block < PIECE ? end - block : PIECE) * BLOCK;
+    const int64_t rest = t->row % BLOCK ? rest_of_row(t, block) : most;
+    return rest < most ? rest : most;
+}
+
 static CLONES void update(const Tensor *t, int64_t begin, int64_t end, const StepScalars *s)
 {
-    int64_t i = first_element(t, begin), rest = rest_of_row(t, begin);
-    for (int64_t block = begin; block < end; block++) {
-        const int64_t n = rest < BLOCK ? rest : BLOCK;
+    int64_t i = first_element(t, begin), n;
+    for (int64_t block = begin; block < end; block += (n + BLOCK - 1) / BLOCK, i += n) {
+        n = piece_length(t, block, end);
         if (t->dtype == FLOAT64)
             update_double((double *)t->param + i, (double *)t->grad + i, (double *)t->exp_avg + i,
                           (double *)t->exp_avg_sq + i, n, s);
-        else if (n == BLOCK) /* a length known to the compiler */
-            update_block(t, block, i, BLOCK, s);
+        else if (n == PIECE * BLOCK) /* a length known to the compiler */
+            update_piece(t, block, i, PIECE * BLOCK, s);
         else
-            update_block(t, block, i, n, s);
-        i += n;
-        rest = rest > BLOCK ? rest - BLOCK : t->row;
+            update_piece(t, block, i, n, s);
     }
 }
 

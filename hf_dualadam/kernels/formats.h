@@ -1,6 +1,6 @@
 /* The storage formats, read and written a block at a time: 16-bit floats, 16-bit weights with a correction, and 8-bit
  * moments, bit for bit as hf_dualadam/states.py defines them. The loops have no branches, so that they are vectorized;
- * n is the number of elements, at most BLOCK.
+ * n is the number of elements; of coded moments, those of one block.
  */
 
 #define INFINITE 0x7f800000 /* bit pattern of infinity; those of NaN are larger */
@@ -187,7 +187,8 @@ static INLINE void write_codes(int8_t *restrict avg_codes, uint8_t *restrict sq_
     for (int64_t i = 0; i < n; i++) {
         const uint32_t bits = as_bits(exp_avg[i]), sign = bits & 0x80000000;
         const float root = sqrtf(as_float(bits & c.magnitude)) * c.codes_per_root;
-        const float rounded = root + (root < DITHERED_CODES ? offset : 0.5f), magnitude = root < 1 ? 0 : rounded;
+        const float nearest = root + 0.5f, dithered = root < 1 ? 0 : root + offset;
+        const float magnitude = root < DITHERED_CODES ? dithered : nearest;
         wide_avg_codes[i] = (int32_t)as_float(as_bits(magnitude) | sign); /* rounds towards 0 */
 
         const int32_t sq_bits = as_bits(exp_avg_sq[i]), clamped = sq_bits > c.low ? sq_bits : c.low;
