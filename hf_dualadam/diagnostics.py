@@ -164,8 +164,8 @@ def _measure(optimizer: DualAdam) -> _Measured:
 
 def _counts(items: list[Any]) -> Tensor:
     """The step counts of parameters, read in one transfer."""
-    home = items[0][2]["step"].device
-    return torch.stack([state["step"].to(home) for *_, state in items]).cpu()
+    steps = [torch.as_tensor(state["step"], dtype=torch.float32) for *_, state in items]
+    return torch.stack([step.to(steps[0].device) for step in steps]).cpu()
 
 
 def _scalars(group: dict[str, Any], step: float) -> StepScalars:
@@ -206,21 +206,22 @@ def _block_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
 
 
 def _measure_exactly(measured: _Measured, state: dict[Tensor, Any]) -> None:
-    """Measure m/d, m*d and m in float64 for parameters whose sums of squares do not fit float32."""
+    """Measure in float64 those parameters whose sums of squares do not fit float32."""
     numels = torch.tensor([*map(Tensor.numel, measured.params)], dtype=torch.float64)
-    means = (measured.squares / _SCALES)[:, :3] / numels.unsqueeze(1)
-    fit = ((means > _SMALLEST_RMS**2) & (means < _LARGEST_RMS**2)).all(1)
+    means = (measured.squares / _SCALES) / numels.unsqueeze(1)
+    fit = (means < _LARGEST_RMS**2).all(1) & (means[:, :3] > _SMALLEST_RMS**2).all(1)  # the parameter may be 0
     for row in (~fit).nonzero().flatten().tolist():
         param, scalars = measured.params[row], measured.scalars[measured.rows[row]]
-        measured.squares[row, :3] = _exact_squares(param, state[param], scalars)
+        measured.squares[row] = _exact_squares(param, state[param], scalars)
 
 
 def _exact_squares(param: Tensor, state: dict[str, Any], scalars: StepScalars) -> Tensor:
-    _, exp_avg, exp_avg_sq = _tensors(param, state)
+    local, exp_avg, exp_avg_sq = _tensors(param, state)
     dtype = torch.float32 if exp_avg.device.type == "mps" else torch.float64  # MPS has no float64
     exp_avg, exp_avg_sq = exp_avg.to(dtype), exp_avg_sq.to(dtype)
     unnormalized = scalars._replace(normalize_inverse=False)
-    norms = [*component_norms(exp_avg, exp_avg_sq, unnormalized)[:2], torch.linalg.vector_norm(exp_avg)]
+    norms = [*component_norms(exp_avg, exp_avg_sq, unnormalized)[:2]]
+    norms += [torch.linalg.vector_norm(x, dtype=dtype) for x in (exp_avg, local)]
     squares = torch.stack(norms).cpu().double().square().unsqueeze(0)
     _add_shards(squares, [param])
     return squares[0]

@@ -29,19 +29,22 @@ def differences(
 ) -> dict[tuple[str, str], dict[str, tuple[Difference, Metric]]]:
     """The differences by pair and task, where both optimizers of the pair were run.
 
+    A task that several folders have is named with its folder.
+
     Args:
         folders: output folders of comparisons.
         pairs: names of an optimizer and its reference.
     """
     references = {first: [b for a, b in pairs if a == first] for first, _ in pairs}
     found: dict[tuple[str, str], dict[str, tuple[Difference, Metric]]] = {pair: {} for pair in pairs}
-    for folder in folders:
-        runs, study = pd.read_csv(folder / RESULTS), json.loads((folder / STUDY).read_text(encoding="utf-8"))
-        final = runs[runs["role"] == "final"]
-        for task, of_task in final.groupby("task", sort=False):
-            metric = Metric(**study["metrics"][task])
-            for pair, difference in paired_differences(of_task, "heldout_metric", references, metric.sign).items():
-                found[pair][task] = difference, metric
+    tables = {folder: pd.read_csv(folder / RESULTS).query("role == 'final'") for folder in folders}
+    tasks = [task for table in tables.values() for task in table["task"].unique()]
+    for folder, table in tables.items():
+        study = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+        for task, runs in table.groupby("task", sort=False):
+            metric, name = Metric(**study["metrics"][task]), task if tasks.count(task) == 1 else f"{folder}: {task}"
+            for pair, difference in paired_differences(runs, "heldout_metric", references, metric.sign).items():
+                found[pair][name] = difference, metric
     return found
 
 

@@ -18,8 +18,13 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def operands(param: Tensor, grad: Tensor, state: dict[str, Any]) -> Operands | None:
-    """The plain tensors to work on: for DTensors, this process's shards; None for other subclasses of Tensor."""
+    """The plain tensors to work on: for DTensors, this process's shards; None for other subclasses of Tensor.
+
+    None too for a step count that is a plain number, before the next step makes it a tensor.
+    """
     exp_avg, exp_avg_sq, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+    if not isinstance(step, Tensor):
+        return None
     if type(param) in _PLAIN and type(grad) in _PLAIN:
         return param, grad, exp_avg, exp_avg_sq, step
     tensors = (param, grad, exp_avg, exp_avg_sq)
@@ -61,6 +66,21 @@ class _LayoutCheck:
 # torch.compile's own comparison, in C++; no public interface, so another release may have it elsewhere or not at all.
 _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _TensorGuards: Any = getattr(_guards, "TensorGuards", _LayoutCheck)
+_DYNAMIC = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
+
+
+def _compares(cls: Any) -> bool:
+    """Whether this torch's comparison works as expected."""
+    short, long = torch.empty(1), torch.empty(2)
+    try:
+        check = cls(short, **_DYNAMIC).check
+        return check(torch.empty(1)) is True and check(long) is False
+    except Exception:  # another signature
+        return False
+
+
+if not _compares(_TensorGuards):
+    _TensorGuards = _LayoutCheck
 
 
 def layout_check(tensors: list[Tensor]) -> Callable[..., bool]:
@@ -73,14 +93,19 @@ def layout_check(tensors: list[Tensor]) -> Callable[..., bool]:
         A function that tells whether its arguments, equally many, have the types, dtypes, devices, shapes, strides and
         signs (``is_neg``) of these tensors.
     """
-    check: Callable[..., bool] = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    check: Callable[..., bool] = _TensorGuards(*tensors, **_DYNAMIC).check
     return check
 
 
 def can_sum_over_shards(param: Tensor) -> bool:
     """Whether :func:`sum_over_shards` supports the placements of a parameter; it always supports plain tensors."""
     placements = getattr(param, "placements", ())
-    return all(placement.is_shard() or placement.is_replicate() for placement in placements)
+    return all(_divides(placement) or placement.is_replicate() for placement in placements)
+
+
+def _divides(placement: Any) -> bool:
+    """Whether the processes hold parts. Not ``is_shard()``, which is False where FSDP2 divides what is divided."""
+    return hasattr(placement, "dim")
 
 
 def sum_over_shards(sums: Tensor, params: list[Tensor]) -> None:
@@ -95,7 +120,7 @@ def sum_over_shards(sums: Tensor, params: list[Tensor]) -> None:
     rows: dict[Any, list[int]] = {}
     for row, param in enumerate(params):
         for dim, placement in enumerate(getattr(param, "placements", ())):
-            if placement.is_shard():
+            if _divides(placement):
                 rows.setdefault(getattr(param, "device_mesh").get_group(dim), []).append(row)
     for group, own in rows.items():
         part = sums if len(own) == len(sums) else sums[own]

@@ -243,19 +243,14 @@ class Plan:
                 if tensors is None:
                     return None
                 found.append(tensors)
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-        ):  # an entry of a state is missing or not a tensor, or a gradient is sparse
-            return None
+        except (AttributeError, KeyError, TypeError, RuntimeError):
+            return None  # an entry of a state is missing or not a tensor, or a gradient is sparse
         left = [(group, collect(group, group["params"])) for i, group in enumerate(groups) if i not in self._fused]
         for places in (self._others, self._shared, self._left):
             for index, own in places.items():
                 group = groups[index]
                 items = collect(group, [*map(params.__getitem__, own)])
-                if places is self._left and any(self._can_be_taken(item, group) for item in items):
+                if places is self._left and any(self._should_be_taken(item, group) for item in items):
                     return None
                 left += [(group, items)] if places is self._others else [(group, [item]) for item in items]
         return Step(found, left)
@@ -277,8 +272,10 @@ class Plan:
     def _kernel_of(self, param: Tensor) -> Any:
         return next((kernel for kernel in self._kernels if kernel.is_here(param)), None)
 
-    def _can_be_taken(self, item: Item, group: Group) -> bool:
-        return _prepare(self._kernel_of(item[0]), item, group)[1] is not None
+    def _should_be_taken(self, item: Item, group: Group) -> bool:
+        """Whether a new plan may have a kernel for it: also if it moved to a device that this plan does not know."""
+        kernel = self._kernel_of(item[0])
+        return kernel is None or _prepare(kernel, item, group)[1] is not None
 
     def _take_out_shared_memory(self, parts: dict[tuple[Any, ...], list[Member]]) -> None:
         """Remove tensors that share memory from the parts: no two threads may update the same memory at once."""

@@ -320,6 +320,7 @@ def _panels(
     for axes, (title, (data, task)) in zip(grid.flat, parts.items(), strict=False):
         draw(axes, title, data)
         axes.set_title(title, fontsize=10)
+        axes.tick_params(labelbottom=True)  # panels that share a range have them in the last row only
         by_task.setdefault(task, []).append(axes)
     for together in by_task.values() if share_within_task else ():
         lows, highs = zip(*(axes.get_ylim() for axes in together), strict=True)

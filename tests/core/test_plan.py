@@ -155,6 +155,50 @@ def test_a_sparse_gradient_is_refused_before_anything_is_counted():
     assert {state["step"].item() for state in optimizer.state.values()} == {2}
 
 
+def test_a_comparison_of_layouts_that_torch_has_changed_is_not_used():
+    class WithAnotherSignature(layout._LayoutCheck):
+        def __init__(self, tensors):
+            super().__init__(*tensors)
+
+    class ThatFindsNothing(layout._LayoutCheck):
+        def check(self, *tensors):
+            return True
+
+    assert layout._compares(layout._LayoutCheck)
+    assert not layout._compares(WithAnotherSignature) and not layout._compares(ThatFindsNothing)
+
+
+def test_tensors_left_out_are_looked_at_again_once_they_have_moved():
+    params = [torch.nn.Parameter(torch.ones(6))]
+    optimizer = DualAdam(params)
+    optimizer.step()  # without gradients
+    (plan,) = optimizer._plans.values()
+    assert plan.parts == []
+    _step(optimizer, params)
+    (after,) = optimizer._plans.values()
+    assert after is not plan and len(after.parts) == 1
+    plan._kernels = []  # as for a device whose kernel the plan does not know
+    assert plan.look(optimizer.param_groups, optimizer.state, optimizer._collect) is None
+
+
+@pytest.mark.parametrize("kind", ["strided", "plain", "replicated", "partial"])
+def test_squares_are_summed_over_all_dimensions_that_divide_a_tensor(kind, monkeypatch):
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    first = {"strided": _StridedShard(0, split_factor=2), "plain": Shard(1), "replicated": Replicate()}
+
+    class Sharded:
+        placements = (first.get(kind, Partial()), Shard(0))
+        device_mesh = type("Mesh", (), {"get_group": staticmethod(lambda dim: dim)})
+
+    reduced = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums, group: reduced.append(group))
+    layout.sum_over_shards(torch.ones(1, 2), [Sharded()])
+    assert reduced == ([0, 1] if kind in ("strided", "plain") else [1])
+    assert layout.can_sum_over_shards(Sharded()) == (kind != "partial")
+
+
 @pytest.mark.usefixtures("layout_check")
 def test_a_plan_serves_until_something_changes(monkeypatch):
     params, optimizer = _problem()

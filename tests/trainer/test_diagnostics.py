@@ -176,6 +176,17 @@ def test_gradients_of_zero_and_no_step_at_all():
     assert inverse_statistics(optimizer) == (0.99, 0.0, 0.0, 0.0)
 
 
+def test_large_weights_and_whole_step_counts_are_measured():
+    optimizer = _run()
+    param = optimizer.param_groups[0]["params"][0]
+    with torch.no_grad():
+        param.fill_(1e20)
+    assert 0 < inverse_statistics(optimizer).relative_step < 1e-15
+    before = inverse_statistics(optimizer)
+    optimizer.state[param]["step"] = int(optimizer.state[param]["step"])  # as in the state of another library
+    assert tuple(inverse_statistics(optimizer)) == pytest.approx(tuple(before), rel=1e-5)
+
+
 def test_what_is_not_finite_is_shown():
     optimizer = _run()
     for state in optimizer.state.values():
