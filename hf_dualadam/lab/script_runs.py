@@ -117,9 +117,16 @@ def _loss_on_same_data(name: str, metrics: dict[str, float]) -> float | None:
 
 def _run_in_group(command: list[str], log: Path) -> int:
     """Run a command with its output in a file; an interrupt stops the command and all of its processes."""
+    # Without a buffer, so that what was printed before an error stands before it in the file.
+    environment = {"PYTHONUNBUFFERED": "1"} | os.environ
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
         )
         try:
             return process.wait()
