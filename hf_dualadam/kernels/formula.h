@@ -28,7 +28,8 @@ static INLINE void NAME(update_elements)(REAL *restrict params, const REAL *rest
 {
     const StepScalars s = *scalars;
     const REAL decay = (REAL)s.decay, step_size = (REAL)s.step_size;
-    const REAL adam_weight = (REAL)s.adam_weight, inverse_weight = (REAL)(s.inverse_weight * s.norm_ratio);
+    const REAL adam_weight = (REAL)s.adam_weight, inverse_weight = (REAL)s.inverse_weight;
+    const REAL norm_ratio = (REAL)s.norm_ratio;
     const int moves = s.step_size != 0, adam = s.adam_weight != 0, before_switch = s.inverse_weight != 0;
     for (int64_t i = 0; i < n; i++) {
         REAL param = params[i], exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
@@ -40,7 +41,7 @@ static INLINE void NAME(update_elements)(REAL *restrict params, const REAL *rest
         if (adam)
             update = adam_weight * (exp_avg / denom);                       /* (1-alpha) * m/d */
         if (before_switch)
-            update += inverse_weight * (exp_avg * denom);                   /* + alpha * m*d */
+            update += inverse_weight * (norm_ratio * (exp_avg * denom));    /* + alpha * m*d */
         if (moves)
             param -= step_size * update;                   /* theta <- theta - eta/(1-beta1^t) * update */
         params[i] = param;
