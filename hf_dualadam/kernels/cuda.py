@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..functional import norm_ratio, step_scalars
-from ..states import BLOCK, dither, local_tensor
+from ..states import BLOCK, HALF_DTYPES, dither, exact_dtype, local_tensor
 from . import plan
 from .cpu import count_steps, read_steps
 from .layout import Operands, addresses_of, can_sum_over_shards, mark_as_written, same_layout, sum_over_shards
@@ -70,10 +70,12 @@ def unavailable_reason(param: Tensor, group: plan.Group) -> str | None:
     """Say why the kernel cannot update ``param`` with the options of ``group``, or None if it can."""
     if load() is None:
         return f"the CUDA kernel needs Triton 3.2 or newer; {_REMEDY}."
-    state_dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
-    if (param.dtype, state_dtype) not in _DTYPES:
+    bits = group["master_weight_bits"] if param.dtype in HALF_DTYPES else None
+    dtypes = param.dtype, exact_dtype(param, bits)
+    if dtypes not in _DTYPES:
         return f"the CUDA kernel does not support {param.dtype}."
-    reason = _failure(param.device, param.dtype, state_dtype, group["capturable"], group["normalize_inverse"])
+    correction_bits = bits - 16 if bits else 0
+    reason = _failure(param.device, *dtypes, group["capturable"], group["normalize_inverse"], correction_bits)
     return reason and f"the CUDA kernel fails on {param.device}: {reason}"
 
 
@@ -94,7 +96,6 @@ def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[Any,
         (param.dtype, exp_avg.dtype) in _DTYPES
         and grad.dtype == param.dtype
         and exp_avg_sq.dtype == (torch.uint8 if coded else exp_avg.dtype)
-        and (coded or not bits)
         and all(tensor.device == param.device and tensor.is_contiguous() for tensor in more)
         and param.device == grad.device == exp_avg.device == exp_avg_sq.device
         and step.device == (param.device if capturable else torch.device("cpu"))
@@ -227,28 +228,31 @@ class Part(plan.Part):
         arguments = tables.tensors, self._send_grads(found.grad_addresses), tables.chunks, scalars
         real = kernels.tl.float64 if self._real == torch.float64 else kernels.tl.float32
         variant = [getattr(kernels.tl, name) for name in _DTYPES[self._dtypes] if name]
-        norms_kernel, norms_variant = kernels.norms_kernel, [*variant, real]
-        update_kernel, update_variant = kernels.update_kernel, norms_variant
         if self._coded:
             from . import blocks_triton as blocks
 
-            norms_kernel, norms_variant = blocks.norms_blocks_kernel, variant
-            update_kernel, update_variant = blocks.update_blocks_kernel, [*variant, self._correction_bits]
+            norms_kernel, update_kernel = blocks.norms_blocks_kernel, blocks.update_blocks_kernel
+        else:
+            norms_kernel, update_kernel = kernels.norms_kernel, kernels.update_kernel
+            variant.append(real)
         options = _LAUNCH | ({} if self._real == torch.float64 else _REGISTERS)
+        if self._correction_bits and not self._coded:
+            options |= {"num_warps": 16}  # fewer elements per thread, since each needs more registers
         grid = (len(tables.chunks),)
         norm_ratios = tables.ones
         if normalized:
             chunk_sums = torch.empty(4 * len(tables.chunks), dtype=self._real, device=self._device)
             sums = torch.empty(len(self.groups), 2, dtype=torch.float64, device=self._device)
             if grid[0]:
-                norms_kernel[grid](*arguments, chunk_sums, *norms_variant, kernels.tables.LAYOUT, **options)
+                norms_kernel[grid](*arguments, chunk_sums, *variant, kernels.tables.LAYOUT, **options)
             kernels.norm_sums_kernel[(len(self.groups),)](
                 tables.tensors, scalars, chunk_sums, sums, kernels.tables.LAYOUT, **_LAUNCH
             )
             sum_over_shards(sums, found.owners)
             norm_ratios = norm_ratio(*sums.sqrt_().unbind(1)).to(self._real)
         if grid[0]:
-            update_kernel[grid](*arguments, norm_ratios, *update_variant, kernels.tables.LAYOUT, **options)
+            variant.append(self._correction_bits)
+            update_kernel[grid](*arguments, norm_ratios, *variant, kernels.tables.LAYOUT, **options)
 
     # ---- scalars ----
 

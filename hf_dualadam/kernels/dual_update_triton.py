@@ -12,16 +12,26 @@ from . import tables
 
 
 @triton.jit
+def _place(tensors, chunks, scalars):
+    """The program's tensor: its row, that row in the table, its scalars, and the number of the chunk within it."""
+    row = tl.load(chunks + tl.program_id(0)).to(tl.int64)
+    tensor = tensors + row * tables.N_COLUMNS
+    s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS
+    return row, tensor, s, tl.program_id(0) - tl.load(tensor + tables.FIRST_CHUNK)
+
+
+@triton.jit
+def _aligned(tensor, grad):
+    """Whether all arrays of a tensor start at multiples of 16 bytes."""
+    addresses = grad | tl.load(tensor + tables.PARAM) | tl.load(tensor + tables.CORRECTION)
+    addresses |= tl.load(tensor + tables.EXP_AVG) | tl.load(tensor + tables.EXP_AVG_SQ)
+    return addresses % 16 == 0
+
+
+@triton.jit
 def _pointers(address, i, dtype: tl.constexpr, aligned: tl.constexpr):
     """Pointers to the elements i of the array at an address; `aligned` ones are loaded 16 bytes at a time."""
-    if dtype == tl.float32:  # Triton 3.1 does not support pointer_type(dtype)
-        start = address.to(tl.pointer_type(tl.float32))
-    elif dtype == tl.float64:
-        start = address.to(tl.pointer_type(tl.float64))
-    elif dtype == tl.float16:
-        start = address.to(tl.pointer_type(tl.float16))
-    else:
-        start = address.to(tl.pointer_type(tl.bfloat16))
+    start = address.to(tl.pointer_type(dtype))
     if aligned:
         start = tl.multiple_of(start, 16)
     return start + i
@@ -36,7 +46,7 @@ def _sqrt(x):
 
 
 @triton.jit
-def _moments(grad, exp_avg, exp_avg_sq, s, real: tl.constexpr):
+def _moments(grad, exp_avg, exp_avg_sq, s):
     """m, v and d after this step."""
     beta1 = tl.load(s + tables.BETA1)
     grad *= tl.load(s + tables.SIGN)
@@ -50,6 +60,79 @@ def _moments(grad, exp_avg, exp_avg_sq, s, real: tl.constexpr):
 
 
 @triton.jit
+def _formula(weight, grad, exp_avg, exp_avg_sq, s, norm_ratio):
+    """The weight, m and v after this step."""
+    step_size = tl.load(s + tables.STEP_SIZE)
+    adam_weight = tl.load(s + tables.ADAM_WEIGHT)
+    inverse_weight = tl.load(s + tables.INVERSE_WEIGHT)
+    weight *= tl.load(s + tables.DECAY)  # theta <- theta * (1 - eta*lambda)
+    exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s)  # m, v, d
+    update = tl.where(adam_weight != 0, adam_weight * (exp_avg / denom), 0)  # (1-alpha) * m/d
+    inverse = inverse_weight * (norm_ratio * (exp_avg * denom))  # alpha * m*d
+    update += tl.where(inverse_weight != 0, inverse, 0)
+    weight -= tl.where(step_size != 0, step_size * update, 0)  # theta <- theta - eta/(1-beta1^t) * update
+    return weight, exp_avg, exp_avg_sq
+
+
+@triton.jit
+def _correction_pointers(tensor, i, bits: tl.constexpr, aligned: tl.constexpr):
+    """Pointers to the corrections of the weights i, integers of 8 or 16 bits."""
+    address = tl.load(tensor + tables.CORRECTION)
+    if bits == 8:
+        pointers = _pointers(address, i, tl.int8, aligned)
+    else:
+        pointers = _pointers(address, i, tl.int16, aligned)
+    return pointers
+
+
+@triton.jit
+def _unit(param):
+    """The unit in the last place of float16 numbers, given as float32."""
+    exponent = param.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.maximum(exponent, 113 << 23).to(tl.float32, bitcast=True) * 2.0**-10  # subnormals share 2^-14's
+
+
+@triton.jit
+def _read_weight(param, correction, bits: tl.constexpr, param_dtype: tl.constexpr, real: tl.constexpr):
+    """The trained weight, as in states.read_weight."""
+    if bits == 0:
+        weight = param.to(real)
+    elif param_dtype == tl.bfloat16:
+        upper = param.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        weight = (upper + correction.to(tl.int32) * (1 << (16 - bits))).to(tl.float32, bitcast=True)
+    else:
+        weight = param.to(tl.float32)
+        weight += correction.to(tl.float32) * _unit(weight) * (1 / ((1 << bits) - 2))
+    return weight
+
+
+@triton.jit
+def _split_weight(weight, dither, bits: tl.constexpr, param_dtype: tl.constexpr):
+    """The parameter and its correction, as in states.write_weight_."""
+    if bits == 0:
+        param = weight.to(param_dtype)
+        correction = param  # there is none
+    elif param_dtype == tl.bfloat16:
+        pattern = weight.to(tl.int32, bitcast=True)
+        magnitude = pattern & 0x7FFFFFFF
+        if bits == 8:
+            pattern = tl.where(magnitude < 0x7F800000, pattern + (dither * 256).to(tl.int32), pattern) & -256
+        upper = tl.where(magnitude > 0x7F800000, pattern, pattern + 0x8000) >> 16
+        param = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        correction = (pattern - (upper << 16)) >> (16 - bits)
+    else:
+        param = weight.to(tl.float16)
+        rounded = param.to(tl.float32)
+        position = (weight - rounded) / _unit(rounded) * ((1 << bits) - 2)
+        if bits == 8:
+            position = tl.floor(position + dither)
+        else:
+            position = tl.floor(position + 0.5)
+        correction = tl.where(position == position, position, 0.0).to(tl.int32)
+    return param, correction
+
+
+@triton.jit
 def _update(
     tensor,
     grad_address,
@@ -60,6 +143,7 @@ def _update(
     param_dtype: tl.constexpr,
     state_dtype: tl.constexpr,
     real: tl.constexpr,
+    correction_bits: tl.constexpr,
     aligned: tl.constexpr,
 ):
     """Update the elements i in place: all loads, the formula, all stores."""
@@ -67,24 +151,24 @@ def _update(
     grads = _pointers(grad_address, i, param_dtype, aligned)
     exp_avgs = _pointers(tl.load(tensor + tables.EXP_AVG), i, state_dtype, aligned)
     exp_avg_sqs = _pointers(tl.load(tensor + tables.EXP_AVG_SQ), i, state_dtype, aligned)
-    param = tl.load(params, inside).to(real)
+    param = tl.load(params, inside)
     grad = tl.load(grads, inside).to(real)
     exp_avg = tl.load(exp_avgs, inside).to(real)
     exp_avg_sq = tl.load(exp_avg_sqs, inside).to(real)
+    correction = param
+    if correction_bits > 0:
+        corrections = _correction_pointers(tensor, i, correction_bits, aligned)
+        correction = tl.load(corrections, inside)
 
-    step_size = tl.load(s + tables.STEP_SIZE)
-    adam_weight = tl.load(s + tables.ADAM_WEIGHT)
-    inverse_weight = tl.load(s + tables.INVERSE_WEIGHT)
-    param *= tl.load(s + tables.DECAY)  # theta <- theta * (1 - eta*lambda)
-    exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s, real)  # m, v, d
-    update = tl.where(adam_weight != 0, adam_weight * (exp_avg / denom), 0)  # (1-alpha) * m/d
-    inverse = inverse_weight * (norm_ratio * (exp_avg * denom))  # alpha * m*d
-    update += tl.where(inverse_weight != 0, inverse, 0)
-    param -= tl.where(step_size != 0, step_size * update, 0)  # theta <- theta - eta/(1-beta1^t) * update
+    weight = _read_weight(param, correction, correction_bits, param_dtype, real)
+    weight, exp_avg, exp_avg_sq = _formula(weight, grad, exp_avg, exp_avg_sq, s, norm_ratio)
+    param, correction = _split_weight(weight, tl.load(s + tables.DITHER), correction_bits, param_dtype)
 
-    tl.store(params, param.to(param_dtype), inside)
+    tl.store(params, param, inside)
     tl.store(exp_avgs, exp_avg.to(state_dtype), inside)
     tl.store(exp_avg_sqs, exp_avg_sq.to(state_dtype), inside)
+    if correction_bits > 0:
+        tl.store(corrections, correction.to(corrections.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -97,24 +181,20 @@ def update_kernel(
     param_dtype: tl.constexpr,
     state_dtype: tl.constexpr,
     real: tl.constexpr,
+    correction_bits: tl.constexpr,
     layout: tl.constexpr,
 ):
     """Update one chunk in place."""
-    row = tl.load(chunks + tl.program_id(0)).to(tl.int64)
-    tensor = tensors + row * tables.N_COLUMNS
+    row, tensor, s, chunk = _place(tensors, chunks, scalars)
     grad = tl.load(grads + row)
-    s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS
     norm_ratio = tl.load(norm_ratios + row)
-    begin = (tl.program_id(0) - tl.load(tensor + tables.FIRST_CHUNK)) * tables.CHUNK
+    begin = chunk * tables.CHUNK
     i = begin + tl.arange(0, tables.CHUNK)
     numel = tl.load(tensor + tables.NUMEL)
-    addresses = (
-        grad | tl.load(tensor + tables.PARAM) | tl.load(tensor + tables.EXP_AVG) | tl.load(tensor + tables.EXP_AVG_SQ)
-    )
-    if (begin + tables.CHUNK <= numel) & (addresses % 16 == 0):
-        _update(tensor, grad, s, norm_ratio, i, None, param_dtype, state_dtype, real, True)
+    if (begin + tables.CHUNK <= numel) & _aligned(tensor, grad):
+        _update(tensor, grad, s, norm_ratio, i, None, param_dtype, state_dtype, real, correction_bits, True)
     else:
-        _update(tensor, grad, s, norm_ratio, i, i < numel, param_dtype, state_dtype, real, False)
+        _update(tensor, grad, s, norm_ratio, i, i < numel, param_dtype, state_dtype, real, correction_bits, False)
 
 
 @triton.jit
@@ -124,6 +204,18 @@ def _scaled_square_sum(x, inside):
     largest = tl.max(x)
     x = tl.where(largest > 0, x / largest, x)
     return largest, tl.sum(x * x)
+
+
+@triton.jit
+def _store_norms(chunk_sums, exp_avg, denom, inside):
+    """Store the norms of a program's m/d and m*d, of which _squares makes sums of squares."""
+    adam_largest, adam_sum = _scaled_square_sum(exp_avg / denom, inside)
+    inverse_largest, inverse_sum = _scaled_square_sum(exp_avg * denom, inside)
+    own = chunk_sums + 4 * tl.program_id(0)
+    tl.store(own, adam_largest)
+    tl.store(own + 1, adam_sum)
+    tl.store(own + 2, inverse_largest)
+    tl.store(own + 3, inverse_sum)
 
 
 @triton.jit
@@ -139,24 +231,15 @@ def norms_kernel(
     layout: tl.constexpr,
 ):
     """Measure m/d and m*d of one chunk in the coming update, if the inverse update of its tensor is normalized."""
-    row = tl.load(chunks + tl.program_id(0)).to(tl.int64)
-    tensor = tensors + row * tables.N_COLUMNS
-    s = scalars + tl.load(tensor + tables.SCALARS) * tables.N_SCALARS
+    row, tensor, s, chunk = _place(tensors, chunks, scalars)
     if tl.load(s + tables.NORMALIZE) != 0:
-        begin = (tl.program_id(0) - tl.load(tensor + tables.FIRST_CHUNK)) * tables.CHUNK
-        i = begin + tl.arange(0, tables.CHUNK)
+        i = chunk * tables.CHUNK + tl.arange(0, tables.CHUNK)
         inside = i < tl.load(tensor + tables.NUMEL)
         grad = tl.load(_pointers(tl.load(grads + row), i, param_dtype, False), inside).to(real)
         exp_avg = tl.load(_pointers(tl.load(tensor + tables.EXP_AVG), i, state_dtype, False), inside).to(real)
         exp_avg_sq = tl.load(_pointers(tl.load(tensor + tables.EXP_AVG_SQ), i, state_dtype, False), inside).to(real)
-        exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s, real)
-        adam_largest, adam_sum = _scaled_square_sum(exp_avg / denom, inside)
-        inverse_largest, inverse_sum = _scaled_square_sum(exp_avg * denom, inside)
-        own = chunk_sums + 4 * tl.program_id(0)
-        tl.store(own, adam_largest)
-        tl.store(own + 1, adam_sum)
-        tl.store(own + 2, inverse_largest)
-        tl.store(own + 3, inverse_sum)
+        exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s)
+        _store_norms(chunk_sums, exp_avg, denom, inside)
 
 
 @triton.jit
@@ -178,10 +261,12 @@ def norm_sums_kernel(tensors, scalars, chunk_sums, sums, layout: tl.constexpr):
         quads = chunk_sums + 4 * tl.load(tensor + tables.FIRST_CHUNK)
         adam_sq = tl.zeros((tables.CHUNK,), tl.float64)
         inverse_sq = tl.zeros((tables.CHUNK,), tl.float64)
-        for begin in range(0, n_chunks, tables.CHUNK):
+        begin = tl.full((), 0, tl.int64)
+        while begin < n_chunks:  # the interpreter of Triton 3.6 cannot count with range() where NumPy is 2.5
             chunk = begin + tl.arange(0, tables.CHUNK)
             adam_sq += _squares(quads, 0, chunk, n_chunks)
             inverse_sq += _squares(quads, 2, chunk, n_chunks)
+            begin += tables.CHUNK
         adam_sum = tl.sum(adam_sq)
         inverse_sum = tl.sum(inverse_sq)
     tl.store(sums + 2 * tl.program_id(0), adam_sum)

@@ -61,6 +61,26 @@ def test_coded_tensors_follow_the_readable_statement_up_to_a_code(dtype, bits, o
         assert ours.state[p]["step"] == 3
 
 
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"normalize_inverse": True}], ids=str)
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_corrected_weights_with_exact_moments_follow_the_readable_statement(dtype, bits, options, monkeypatch):
+    """So train the small tensors of a model with 8-bit moments, too."""
+    shapes = [(2049,), (7,), (33, 128)]
+    common = {"lr": 0.01, "switch_rate": 0.3, "weight_decay": 0.1, "master_weight_bits": bits}
+    params, others, start = (_problem(dtype, shapes) for _ in range(3))
+    ours = DualAdam(params, **common, **options)
+    _train(ours, params, 3)
+    monkeypatch.undo()
+    readable = DualAdam(others, foreach=False, fused=False, **common, **options)
+    _train(readable, others, 3)
+    for p, q, s in zip(params, others, start):
+        assert ours.state[p]["weight_correction"].any()
+        moved = readable.master_weights(q) - s.float()
+        assert (ours.master_weights(p) - readable.master_weights(q)).norm() <= 1e-3 * moved.norm()
+        torch.testing.assert_close(ours.state[p]["exp_avg_sq"], readable.state[q]["exp_avg_sq"])
+
+
 def test_values_that_are_not_finite_stay_so():
     params = _problem(torch.float32, [(33, 128), (64, 64)])
     optimizer = DualAdam(params, state_bits=8)
