@@ -9,7 +9,8 @@
     python scripts/benchmark_step.py --device cuda --host-only
 
 In every round, each optimizer takes one step and a large tensor is copied. A ratio is the median over rounds of the
-time divided by that of fused AdamW in the same round. All optimizers share parameters, gradients and moments.
+time divided by that of fused AdamW in the same round. All optimizers share parameters, gradients and moments. On a
+GPU, a step's time is that of the device alone, as in training, where the host runs ahead of it.
 
 - params/s: parameters updated per second, at the median time.
 - bandwidth: the bytes that a step must move (read p, g, m, v; write p, m, v) per second, and as a percentage of the
@@ -17,6 +18,7 @@ time divided by that of fused AdamW in the same round. All optimizers share para
 - state: bytes of an optimizer's state per parameter.
 - memory: peak memory of a step above what is allocated before it.
 - first step: includes creating the moments, and loading or compiling a kernel.
+- with the host (on a GPU): the time of a step whose end the host waits for, before and after it.
 
 Below the table: what the figures of a training log take beside a step, as a median ratio of times and as the ratio of
 the smallest processor times, which other processes affect less (with ``--threads 1``; idle threads wait actively).
@@ -55,7 +57,8 @@ SCALING = [round(10 ** (exponent / 2)) for exponent in range(12, 19)]  # 1 M to 
 SCALING_TENSOR = 1_000_000
 BASELINE = "AdamW, fused"
 COPY = "copy"
-COPY_BYTES = 2**28
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+AHEAD = 50_000_000  # cycles of the device, 25 ms or more: what the host is ahead by when a step starts
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PHASES = {
     "before the switch": {"switch_rate": 1e-7},
@@ -139,6 +142,19 @@ class Machine:
         function()
         self._wait()
         return time.perf_counter() - start
+
+    def device_seconds(self, function: Callable[[], object]) -> float:
+        """The same, but on a GPU without the host's work, which is done while the device is kept busy."""
+        if self.device == "cpu":
+            return self.seconds(function)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._wait()
+        torch.cuda._sleep(AHEAD)
+        start.record()
+        function()
+        end.record()
+        self._wait()
+        return start.elapsed_time(end) / 1e3
 
     def seconds_and_processor_seconds(self, function: Callable[[], object]) -> tuple[float, float]:
         """The same, and the processor time of this process, which other processes affect little."""
@@ -281,16 +297,19 @@ def benchmark(
         for p, copy in zip(params, baseline_params):
             copy.grad = p.grad.to(baseline_dtype)
     optimizers, first_steps, left_out = build_all(table, params, baseline_params, machine)
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=machine.device)
+    source = torch.ones(COPY_BYTES[machine.device], dtype=torch.uint8, device=machine.device)
     target = torch.zeros_like(source)
     actions = {COPY: lambda: target.copy_(source)} | {name: opt.step for name, opt in optimizers.items()}
     times: dict[str, list[float]] = {name: [] for name in actions}
+    waited: dict[str, list[float]] = {name: [] for name in actions}
     for i in range(-2, rounds):  # two rounds of warm-up; the order rotates from round to round
         for name in [*actions][i % len(actions) :] + [*actions][: i % len(actions)]:
-            seconds = machine.seconds(actions[name])
+            seconds = machine.device_seconds(actions[name])
             if i >= 0:
                 times[name].append(seconds)
-    copied = 2 * COPY_BYTES / statistics.median(times.pop(COPY))
+                if machine.device != "cpu":
+                    waited[name].append(machine.seconds(actions[name]))
+    copied = 2 * source.nbytes / statistics.median(times.pop(COPY))
     numel = sum(p.numel() for p in params)
     rows = []
     for name, seconds in times.items():
@@ -299,12 +318,11 @@ def benchmark(
         moved = 2 * state + sum(
             3 * p.numel() * p.element_size() for p in (baseline_params if name == BASELINE else params)
         )
-        ratios = [own / base for own, base in zip(seconds, times[BASELINE])]
         rows.append(
             {
                 "optimizer": name,
                 "milliseconds": median * 1e3,
-                "ratio": statistics.median(ratios),
+                "ratio": _ratio(seconds, times[BASELINE]),
                 "parameters_per_second": numel / median,
                 "bytes_per_second": moved / median,
                 "share_of_copy": moved / median / copied,
@@ -313,6 +331,9 @@ def benchmark(
                 "first_step_seconds": first_steps[name],
             }
         )
+        if waited[name]:
+            rows[-1]["waited_milliseconds"] = statistics.median(waited[name]) * 1e3
+            rows[-1]["waited_ratio"] = _ratio(waited[name], waited[BASELINE])
     ours = next((name for name in times if isinstance(optimizers[name], DualAdam)), None)
     figures = None
     if ours is not None:  # the measurement for a training log, relative to a step
@@ -334,10 +355,15 @@ def benchmark(
     }
 
 
+def _ratio(times: list[float], base: list[float]) -> float:
+    return statistics.median(own / other for own, other in zip(times, base))
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
     columns = ["optimizer", "step, ms", "ratio to fused AdamW", "params/s"]
     columns += ["bandwidth, GB/s", "of copy", "state, bytes", "memory, MiB", "first step, s"]
+    columns += ["with the host, ms", "ratio"] if "waited_ratio" in result["rows"][0] else []
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in result["rows"]:
         memory = "?" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.2f}"
@@ -346,6 +372,8 @@ def table(result: dict[str, Any]) -> str:
             f"{row['parameters_per_second']:.2e} | {row['bytes_per_second'] / 1e9:.1f} | {row['share_of_copy']:.0%} | "
             f"{row['state_bytes_per_parameter']:.2f} | {memory} | {row['first_step_seconds']:.2f} |"
         )
+        if "waited_ratio" in row:
+            lines[-1] += f" {row['waited_milliseconds']:.2f} | {row['waited_ratio']:.2f} |"
     if result["figures"] is not None:
         figures = result["figures"]
         lines.append(
@@ -362,7 +390,7 @@ def scaling(
     """Time lists of tensors of increasing size, as far as memory allows, and plot times and ratios."""
     results = []
     for numel in SCALING:
-        needed, free = 4 * numel * dtype.itemsize + 2 * COPY_BYTES, machine.free_bytes()
+        needed, free = 4 * numel * dtype.itemsize + 2 * COPY_BYTES[machine.device], machine.free_bytes()
         if free is not None and needed > 0.9 * free:
             print(
                 f"{numel:.1e} parameters left out: they need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"

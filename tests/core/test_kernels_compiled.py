@@ -162,7 +162,8 @@ def test_every_kernel_compiles_with_an_old_triton():
     Not for AMD: that release would need the linker of ROCm.
     """
     path = os.pathsep.join([os.environ["HF_DUALADAM_OLD_TRITON"], *sys.path])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "every_kernel_compiles and sm_"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "every_kernel_compiles and sm_"]
     environment = os.environ | {"PYTHONPATH": path}
     environment.pop("HF_DUALADAM_OLD_TRITON")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
