@@ -13,7 +13,7 @@ from . import kernels
 from .base import MAX_COUNT
 from .functional import StepScalars, component_norms, norm_ratio, step_scalars
 from .kernels import cpu
-from .kernels.cpu import SCALE
+from .kernels.cpu import SCALE, SCALES
 from .kernels.layout import is_sharded, sum_over_shards
 from .optimizers import DualAdam
 from .states import HALF_DTYPES, format_of, local_tensor
@@ -21,10 +21,9 @@ from .states import HALF_DTYPES, format_of, local_tensor
 _OPTIONS = ("betas", "eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
 # Elements per block without the kernel; on a CPU, few enough to stay in a core's cache.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**14, 2**24
-# Sums of float32 squares are accurate for root mean squares between these bounds. d is scaled by SCALE, so that both
-# m/d (about 1) and m*d (down to 1e-25, for gradients of 3e-13) are within them; others are summed in float64.
+# Sums of float32 squares, of m/d / SCALE and m*d * SCALE, are accurate for root mean squares between these bounds;
+# others are summed in float64.
 _SMALLEST_RMS, _LARGEST_RMS = 1e-16, 1e16
-_SCALES = torch.tensor([SCALE**2, SCALE**-2, 1, 1], dtype=torch.float64)  # of sums of squares
 _plans: weakref.WeakKeyDictionary[DualAdam, dict[Any, kernels.Plan]] = weakref.WeakKeyDictionary()
 
 
@@ -134,7 +133,7 @@ def _measure(optimizer: DualAdam) -> _Measured:
         params += found.owners
         indices += part.groups
         counts.append(torch.tensor(part.counts()))
-        tables.append(part.last_norms(groups))
+        tables.append(part.last_norms(found, groups))
     left = [item for _, items in step.left for item in items]
     if left:
         numbers = {id(group): index for index, group in enumerate(groups)}
@@ -150,7 +149,7 @@ def _measure(optimizer: DualAdam) -> _Measured:
     scalars = [_scalars(groups[int(key // (2 * MAX_COUNT))], count) for key, count in zip(unique.tolist(), steps)]
     if left:
         tables.append(_squares_in_blocks(left, [scalars[row] for row in rows[-len(left) :].tolist()]))
-    squares = torch.cat(tables).mul_(_SCALES)
+    squares = torch.cat(tables)
     if any(map(is_sharded, dict(zip(map(type, params), params)).values())):
         # Every process adds up the same parameters in the same order, whichever of them its kernel could read.
         places = {id(param): place for place, param in enumerate(params)}
@@ -193,7 +192,7 @@ def _squares_in_blocks(items: list[Any], scalars: list[StepScalars]) -> Tensor:
     table = torch.zeros(len(items), 4, dtype=torch.float64)
     table[:, :3].index_add_(0, torch.tensor(places), columns.square())
     table[:, 3] = torch.stack([size.to(home) for size in sizes]).cpu().double().square()
-    return table
+    return table.mul_(SCALES)
 
 
 def _block_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
@@ -208,7 +207,7 @@ def _block_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
 def _measure_exactly(measured: _Measured, state: dict[Tensor, Any]) -> None:
     """Measure in float64 those parameters whose sums of squares do not fit float32."""
     numels = torch.tensor([*map(Tensor.numel, measured.params)], dtype=torch.float64)
-    means = (measured.squares / _SCALES) / numels.unsqueeze(1)
+    means = (measured.squares / SCALES) / numels.unsqueeze(1)
     fit = (means < _LARGEST_RMS**2).all(1) & (means[:, :3] > _SMALLEST_RMS**2).all(1)  # the parameter may be 0
     for row in (~fit).nonzero().flatten().tolist():
         param, scalars = measured.params[row], measured.scalars[measured.rows[row]]

@@ -239,17 +239,26 @@ def _code_width(low: Tensor, high: Tensor) -> Tensor:
     return ((high - low) // 254 + 1).unsqueeze(-1)
 
 
-def dither_bits(step: Any, device: torch.device) -> Tensor:
-    """32 bits for a step, as a 0-dim int64: the step times 2^32 / (golden ratio), modulo 2^32.
+def dither_bits(step: Any, device: torch.device | None = None) -> Any:
+    """32 bits for a step: the step times 2^32 / (golden ratio), modulo 2^32.
 
     Of all such sequences of multiples, this one is distributed most evenly over any range of steps.
+
+    Args:
+        step: a number or a 0-dim tensor.
+        device: where the result of a tensor is needed.
+
+    Returns:
+        An int, or a 0-dim int64 tensor.
     """
-    return (torch.as_tensor(step).to(device).long() * 0x9E3779B1) & 0xFFFFFFFF
+    count = step.to(device).long() if isinstance(step, Tensor) else int(step)
+    return count * 0x9E3779B1 & 0xFFFFFFFF
 
 
-def dither(step: Any, device: torch.device) -> Tensor:
-    """A number in [0, 1) for a step, as a 0-dim float32: the upper 24 bits of :func:`dither_bits`."""
-    return (dither_bits(step, device) >> 8).float() * 2.0**-24
+def dither(step: Any, device: torch.device | None = None) -> Any:
+    """A number in [0, 1) for a step, a float or a 0-dim float32 tensor: the upper 24 bits of :func:`dither_bits`."""
+    bits = dither_bits(step, device) >> 8
+    return (bits.float() if isinstance(bits, Tensor) else bits) * 2.0**-24
 
 
 def _to_blocks(x: Tensor) -> Tensor:
@@ -294,7 +303,7 @@ def write_weight_(param: Tensor, correction: Tensor, weight: Tensor, step: Any) 
     if param.dtype == torch.bfloat16:
         bits = value.view(torch.int32)
         if _bits(correction) == 8:
-            offset = (dither_bits(step, bits.device) >> 24).int()
+            offset = dither_bits(step, bits.device) >> 24
             bits = torch.where(value.isfinite(), bits + offset, bits) & ~0xFF
         upper = torch.where(value.isnan(), bits, bits + 0x8000) >> 16
         local.copy_(upper.to(torch.int16).view(torch.bfloat16))

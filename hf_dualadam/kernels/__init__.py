@@ -39,11 +39,15 @@ def make_plan(batches: Batches, graph_tables: dict[Any, Any]) -> Plan:
     Returns:
         The plan; each step checks whether it still fits.
     """
-    if not torch.cuda.is_initialized():
-        return Plan(batches, [cpu], graph_tables)
-    from . import cuda
+    return Plan(batches, _kernels(), graph_tables)
 
-    return Plan(batches, [cuda, cpu], graph_tables)
+
+def _kernels() -> list[Any]:
+    if not torch.cuda.is_initialized():
+        return [cpu]
+    from . import cuda  # imports Triton
+
+    return [cuda, cpu]
 
 
 def planned(
@@ -84,7 +88,7 @@ def collect_all(groups: list[Group], collect: Collect) -> Batches:
 
 
 def make_measuring_plan(batches: Batches) -> Plan:
-    """Plan measurements of the last step, which only the CPU kernel makes.
+    """Plan measurements of the last step.
 
     Args:
         batches: the options of each parameter group and the (param, param, state) items of its updated parameters.
@@ -92,4 +96,4 @@ def make_measuring_plan(batches: Batches) -> Plan:
     Returns:
         The plan, whose parts have a method ``last_norms``.
     """
-    return Plan(batches, [cpu], {}, reads_grads=False)
+    return Plan(batches, _kernels(), {}, reads_grads=False)

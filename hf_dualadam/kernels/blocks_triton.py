@@ -93,15 +93,30 @@ def _write_exp_avg_sq(tensor, exp_avg_sq, dither, i, inside, blocks, inside_bloc
 
 
 @triton.jit
-def _blocks(tensor, first_block):
+def _whole_blocks(tensor, grad, chunk):
+    """Whether a program's blocks all have 128 elements that can be loaded together."""
+    end = (chunk + 1) * tables.BLOCKS * tables.BLOCK
+    rows_fit = tl.load(tensor + tables.ROW) % tables.BLOCK == 0
+    return (end <= tl.load(tensor + tables.NUMEL)) & rows_fit & _aligned(tensor, grad)
+
+
+@triton.jit
+def _blocks(tensor, chunk, whole: tl.constexpr):
     """The elements and blocks of a program. No block crosses a row, so the last one of a row may be shorter."""
-    row = tl.load(tensor + tables.ROW)
-    blocks_in_row = tl.cdiv(row, tables.BLOCK)
-    blocks = first_block + tl.arange(0, tables.BLOCKS)
-    inside_blocks = blocks < tl.load(tensor + tables.NUMEL) // row * blocks_in_row
-    column = (blocks % blocks_in_row * tables.BLOCK)[:, None] + tl.arange(0, tables.BLOCK)[None, :]
-    i = (blocks // blocks_in_row * row)[:, None] + column
-    return i, inside_blocks[:, None] & (column < row), blocks, inside_blocks
+    blocks = chunk * tables.BLOCKS + tl.arange(0, tables.BLOCKS)
+    element = tl.arange(0, tables.BLOCK)[None, :]
+    if whole:  # they follow each other in memory
+        i = (blocks * tables.BLOCK)[:, None] + element
+        inside = i >= 0
+        inside_blocks = blocks >= 0
+    else:
+        row = tl.load(tensor + tables.ROW)
+        blocks_in_row = tl.cdiv(row, tables.BLOCK)
+        inside_blocks = blocks < tl.load(tensor + tables.NUMEL) // row * blocks_in_row
+        column = (blocks % blocks_in_row * tables.BLOCK)[:, None] + element
+        i = (blocks // blocks_in_row * row)[:, None] + column
+        inside = inside_blocks[:, None] & (column < row)
+    return i, inside, blocks, inside_blocks
 
 
 @triton.jit
@@ -110,15 +125,13 @@ def _update_blocks(
     grad_address,
     s,
     norm_ratio,
-    i,
-    inside,
-    blocks,
-    inside_blocks,
+    chunk,
     param_dtype: tl.constexpr,
     correction_bits: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """Update some blocks in place: all loads, the formula, all stores."""
+    """Update a program's blocks in place: all loads, the formula, all stores."""
+    i, inside, blocks, inside_blocks = _blocks(tensor, chunk, whole)
     params = _pointers(tl.load(tensor + tables.PARAM), i, param_dtype, whole)
     param = _load(params, inside, whole)
     grad = _load(_pointers(grad_address, i, param_dtype, whole), inside, whole).to(tl.float32)
@@ -155,25 +168,23 @@ def update_blocks_kernel(
     row, tensor, s, chunk = _place(tensors, chunks, scalars)
     grad = tl.load(grads + row)
     norm_ratio = tl.load(norm_ratios + row)
-    i, inside, blocks, inside_blocks = _blocks(tensor, chunk * tables.BLOCKS)
-    if (
-        ((chunk + 1) * tables.BLOCKS * tables.BLOCK <= tl.load(tensor + tables.NUMEL))
-        & _aligned(tensor, grad)
-        & (tl.load(tensor + tables.ROW) % tables.BLOCK == 0)
-    ):
-        # Whole blocks are contiguous.
-        i = (
-            chunk * tables.BLOCKS * tables.BLOCK
-            + (tl.arange(0, tables.BLOCKS) * tables.BLOCK)[:, None]
-            + tl.arange(0, tables.BLOCK)[None, :]
-        )
-        _update_blocks(
-            tensor, grad, s, norm_ratio, i, inside, blocks, inside_blocks, param_dtype, correction_bits, True
-        )
+    if _whole_blocks(tensor, grad, chunk):
+        _update_blocks(tensor, grad, s, norm_ratio, chunk, param_dtype, correction_bits, True)
     else:
-        _update_blocks(
-            tensor, grad, s, norm_ratio, i, inside, blocks, inside_blocks, param_dtype, correction_bits, False
-        )
+        _update_blocks(tensor, grad, s, norm_ratio, chunk, param_dtype, correction_bits, False)
+
+
+@triton.jit
+def _norms_of_blocks(tensor, grad_address, s, chunk_sums, chunk, param_dtype: tl.constexpr, whole: tl.constexpr):
+    """Measure a program's blocks."""
+    i, inside, blocks, inside_blocks = _blocks(tensor, chunk, whole)
+    grad = _load(_pointers(grad_address, i, param_dtype, whole), inside, whole).to(tl.float32)
+    exp_avg, exp_avg_sq = _read_codes(tensor, i, inside, blocks, inside_blocks, whole)
+    exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s)
+    if whole:
+        _store_norms(chunk_sums, tl.ravel(exp_avg), tl.ravel(denom), None)
+    else:
+        _store_norms(chunk_sums, tl.ravel(exp_avg), tl.ravel(denom), tl.ravel(inside))
 
 
 @triton.jit
@@ -181,8 +192,8 @@ def norms_blocks_kernel(tensors, grads, chunks, scalars, chunk_sums, param_dtype
     """Do the work of norms_kernel for a program's blocks of a tensor with 8-bit moments."""
     row, tensor, s, chunk = _place(tensors, chunks, scalars)
     if tl.load(s + tables.NORMALIZE) != 0:
-        i, inside, blocks, inside_blocks = _blocks(tensor, chunk * tables.BLOCKS)
-        grad = tl.load(_pointers(tl.load(grads + row), i, param_dtype, False), inside, other=0).to(tl.float32)
-        exp_avg, exp_avg_sq = _read_codes(tensor, i, inside, blocks, inside_blocks, False)
-        exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s)
-        _store_norms(chunk_sums, exp_avg, denom, inside)
+        grad = tl.load(grads + row)
+        if _whole_blocks(tensor, grad, chunk):
+            _norms_of_blocks(tensor, grad, s, chunk_sums, chunk, param_dtype, True)
+        else:
+            _norms_of_blocks(tensor, grad, s, chunk_sums, chunk, param_dtype, False)

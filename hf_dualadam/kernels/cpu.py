@@ -35,7 +35,10 @@ _SCALES = ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _CORRECTION_BITS = {torch.int8: 8, torch.int16: 16}
 _GRAD, _N_FIELDS = 1, 15  # index of a field of struct Tensor, and the number of fields
 _N_SUMS = 4  # sums of squares per tensor
-SCALE = 2.0**30  # of d in :meth:`Part.last_norms`
+# The C function last_norms scales d, so that float32 holds the squares of both m/d (about 1) and m*d (down to 1e-25,
+# for gradients of 3e-13).
+SCALE = 2.0**30
+SCALES = torch.tensor([SCALE**2, SCALE**-2, 1, 1], dtype=torch.float64)  # of its sums
 
 _REMEDY = (
     "install a C compiler (gcc or clang) and run `pip install --force-reinstall --no-deps` on hf_dualadam again, or, "
@@ -179,19 +182,20 @@ class Part(plan.Part):
         """The step counts of all tensors."""
         return read_steps(self.addresses[3])
 
-    def last_norms(self, groups: list[plan.Group]) -> Tensor:
+    def last_norms(self, found: plan.Found, groups: list[plan.Group]) -> Tensor:
         """Measure the last step.
 
         Args:
+            found: what :meth:`look` has just returned.
             groups: the optimizer's parameter groups.
 
         Returns:
-            Per tensor, or shard, the squared norms of m/d / :data:`SCALE`, m*d * :data:`SCALE`, m and the parameter.
-            They are float64 sums of float32 squares.
+            Per tensor, or shard, the squared norms of m/d, m*d, m and the parameter. They are float64 sums of float32
+            squares, accurate unless the latter overflow or underflow.
         """
         sums = torch.empty(len(self.groups), _N_SUMS, dtype=torch.float64)
         _call("last_norms", self._rows, _table_of_options(groups), sums)
-        return sums
+        return sums.mul_(SCALES)
 
 
 def is_here(param: Tensor) -> bool:

@@ -13,12 +13,13 @@ import functools
 import itertools
 import logging
 from array import array
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..functional import norm_ratio, step_scalars
+from ..functional import StepScalars, norm_ratio, step_scalars
 from ..states import BLOCK, HALF_DTYPES, dither, exact_dtype, local_tensor
 from . import plan
 from .cpu import count_steps, read_steps
@@ -38,15 +39,14 @@ _DTYPES = {
     (torch.bfloat16, torch.int8): ("bfloat16", None),
     (torch.float16, torch.int8): ("float16", None),
 }
-_HOST = torch.device("cpu")
 _SCALES = ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _TORCH_DTYPES = {"q": torch.int64, "f": torch.float32, "d": torch.float64}  # of arrays
 _OLDEST_TRITON = (3, 2)  # the interpreter of 3.1 and older computes wrong numbers
 _REMEDY = "run `pip install 'triton>=3.2'` (torch 2.6 and newer bring it)"
 # Without fused operations, the compiled kernels round as in Triton's interpreter, which the tests use.
 _LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
-# Room for all loads of a block before its arithmetic; float64 needs more and would spill.
-_REGISTERS = {} if torch.version.hip else {"maxnreg": 96}
+# A thread of the plain update has 8 elements, so that it loads 16 bytes of each array, also of half precision.
+_PLAIN = _LAUNCH | {"num_warps": 4}
 
 
 @functools.cache
@@ -87,7 +87,9 @@ def is_here(param: Tensor) -> bool:
 def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[Any, None] | None:
     """Group tensors by device and pair of dtypes, if the kernel can be launched for them."""
     param, grad, exp_avg, exp_avg_sq, step = tensors
-    capturable, normalize = group["capturable"], group["normalize_inverse"]
+    capturable = group["capturable"]
+    measures = grad is param  # a plan of measurements
+    normalize = group["normalize_inverse"] or measures
     coded = exp_avg.dtype == torch.int8
     correction = item[2].get("weight_correction")
     bits = 0 if correction is None else 8 * correction.element_size()
@@ -101,6 +103,7 @@ def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[Any,
         and step.device == (param.device if capturable else torch.device("cpu"))
         and same_layout(param, grad, exp_avg, exp_avg_sq, in_logical_order=coded)
         and not (normalize and not can_sum_over_shards(item[0]))
+        and not (measures and capturable)  # the step counts are on the device
     )
     if not fits or _failure(param.device, param.dtype, exp_avg.dtype, capturable, normalize, bits):
         return None
@@ -178,6 +181,15 @@ class Part(plan.Part):
         correction = members[0].state.get("weight_correction")
         self._correction_bits = 0 if correction is None else 8 * correction.element_size()
         self._coded = exp_avg.dtype == torch.int8
+        kernels = load()
+        self._variant = [getattr(kernels.tl, name) for name in _DTYPES[self._dtypes] if name]
+        if self._coded:
+            from . import blocks_triton as blocks
+
+            self._norms_kernel, self._update_kernel = blocks.norms_blocks_kernel, blocks.update_blocks_kernel
+        else:
+            self._norms_kernel, self._update_kernel = kernels.norms_kernel, kernels.update_kernel
+            self._variant.append(kernels.tl.float64 if self._real == torch.float64 else kernels.tl.float32)
         self._rows_of_elements = array("q", (max(1, member.operands[0].shape[1:].numel()) for member in members))
         self._more = {
             name: array("q", addresses_of([local_tensor(member.state[name]) for member in members]))
@@ -196,6 +208,7 @@ class Part(plan.Part):
         self._tables: _Tables | None = None
         self._grads: tuple[list[int], Tensor] | None = None
         self._options: tuple[array[Any], Tensor] | None = None
+        self._capturing = False
 
     def _chunks_of(self, numel: int, row: int) -> int:
         """The number of programs for a tensor; blocks of 8-bit moments do not cross rows."""
@@ -206,89 +219,117 @@ class Part(plan.Part):
 
     def run(self, found: plan.Found, groups: list[plan.Group]) -> None:
         """Count the step and update, without waiting for the device."""
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+        with self._on_its_stream():
             self._run(found, groups)
         mark_as_written(found.owners)
 
+    @contextlib.contextmanager
+    def _on_its_stream(self) -> Iterator[None]:
+        """Make the device the current one, and forget tables of another stream, for which none would wait."""
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+            self._capturing, stream = _is_capturing(self._device), _stream(self._device)
+            if not self._capturing and self._stream != stream:
+                self._tables = self._grads = self._options = None
+                self._stream = stream
+            yield
+
     def _run(self, found: plan.Found, groups: list[plan.Group]) -> None:
-        kernels = load()
         own = [groups[index] for index in dict.fromkeys(self.groups)]
-        capturable = own[0]["capturable"]
-        if not _is_capturing(self._device) and self._stream != _stream(self._device):  # none waits for another
-            self._tables = self._grads = self._options = None
-            self._stream = _stream(self._device)
-        if capturable:
+        if own[0]["capturable"]:
             self._scalar_rows = array("q", range(len(self.groups)))
             normalized = any(group["normalize_inverse"] for group in own)
-            tables, scalars = self._send_tables(), self._scalars_on_device(groups)
+            tables = self._send_tables()
+            scalars = self._scalars_on_device(groups, tables)
         else:
             rows = self._count(groups)
             normalized = any(row.normalize_inverse and row.inverse_weight for row in rows)
             tables, scalars = self._send_tables(), self._send_scalars(rows, groups)
-        arguments = tables.tensors, self._send_grads(found.grad_addresses), tables.chunks, scalars
-        real = kernels.tl.float64 if self._real == torch.float64 else kernels.tl.float32
-        variant = [getattr(kernels.tl, name) for name in _DTYPES[self._dtypes] if name]
-        if self._coded:
-            from . import blocks_triton as blocks
-
-            norms_kernel, update_kernel = blocks.norms_blocks_kernel, blocks.update_blocks_kernel
-        else:
-            norms_kernel, update_kernel = kernels.norms_kernel, kernels.update_kernel
-            variant.append(real)
-        options = _LAUNCH | ({} if self._real == torch.float64 else _REGISTERS)
-        if self._correction_bits and not self._coded:
-            options |= {"num_warps": 16}  # fewer elements per thread, since each needs more registers
-        grid = (len(tables.chunks),)
+        grads = self._send_grads(found.grad_addresses)
         norm_ratios = tables.ones
         if normalized:
-            chunk_sums = torch.empty(4 * len(tables.chunks), dtype=self._real, device=self._device)
-            sums = torch.empty(len(self.groups), 2, dtype=torch.float64, device=self._device)
-            if grid[0]:
-                norms_kernel[grid](*arguments, chunk_sums, *variant, kernels.tables.LAYOUT, **options)
-            kernels.norm_sums_kernel[(len(self.groups),)](
-                tables.tensors, scalars, chunk_sums, sums, kernels.tables.LAYOUT, **_LAUNCH
-            )
+            sums = self._norm_sums(tables, grads, scalars)
             sum_over_shards(sums, found.owners)
             norm_ratios = norm_ratio(*sums.sqrt_().unbind(1)).to(self._real)
-        if grid[0]:
-            variant.append(self._correction_bits)
-            update_kernel[grid](*arguments, norm_ratios, *variant, kernels.tables.LAYOUT, **options)
+        if len(tables.chunks):
+            options = _LAUNCH if self._coded or self._correction_bits else _PLAIN
+            arguments = tables.tensors, grads, tables.chunks, scalars, norm_ratios
+            variant = *self._variant, self._correction_bits, load().tables.LAYOUT
+            self._update_kernel[(len(tables.chunks),)](*arguments, *variant, **options)
+
+    def _norm_sums(self, tables: _Tables, grads: Tensor, scalars: Tensor) -> Tensor:
+        """Squared norms of each tensor's m/d and m*d in the coming update, in float64; 1 if it is not normalized."""
+        kernels, n_chunks = load(), len(tables.chunks)
+        chunk_sums = torch.empty(4 * n_chunks, dtype=self._real, device=self._device)
+        sums = torch.empty(len(self.groups), 2, dtype=torch.float64, device=self._device)
+        layout = kernels.tables.LAYOUT
+        if n_chunks:
+            arguments = tables.tensors, grads, tables.chunks, scalars, chunk_sums
+            self._norms_kernel[(n_chunks,)](*arguments, *self._variant, layout, **_LAUNCH)
+        kernels.norm_sums_kernel[(len(sums),)](tables.tensors, scalars, chunk_sums, sums, layout, **_LAUNCH)
+        return sums
+
+    def counts(self) -> array[float]:
+        """The step counts of all tensors, if they are on the host."""
+        return read_steps(self.addresses[3])
+
+    def last_norms(self, found: plan.Found, groups: list[plan.Group]) -> Tensor:
+        """See :meth:`hf_dualadam.kernels.cpu.Part.last_norms`. Waits for the device.
+
+        The norms of an update are measured with scalars that leave m and v as they are, and with d = 1 for that of m.
+        """
+        with self._on_its_stream():
+            self._group_by_count(groups)
+            tables, grads = self._send_tables(), self._send(self.addresses[0])  # gradients without effect
+            rows = [_scalars(groups[index], t) for index, t in zip(self._scalar_groups, self._counts)]
+            still = [row._replace(beta1=1, beta2=1, sign=0, inverse_weight=1, normalize_inverse=True) for row in rows]
+            directions = self._norm_sums(tables, grads, self._send_rows(still))
+            still = [row._replace(eps=1, bias2_rsqrt=0) for row in still]
+            first = self._norm_sums(tables, grads, self._send_rows(still))[:, :1]
+            sizes = torch.stack(torch._foreach_norm(found.params, dtype=self._real)).double().square()
+            return torch.cat([directions, first, sizes.unsqueeze(1)], 1).cpu()
 
     # ---- scalars ----
 
-    def _count(self, groups: list[plan.Group]) -> list[Any]:
+    def _count(self, groups: list[plan.Group]) -> list[StepScalars]:
         """Count the step on the host; returns the rows of the table of scalars."""
         for row, count in enumerate(self._counts):
             self._counts[row] = count + 1
         if not count_steps(self.addresses[3], self._scalar_rows, self._counts):
-            counts = read_steps(self.addresses[3])
-            rows: dict[tuple[int, float], int] = {}
-            self._scalar_rows = array("q", (rows.setdefault(key, len(rows)) for key in zip(self.groups, counts)))
-            self._scalar_groups, self._counts = [group for group, _ in rows], array("f", (count for _, count in rows))
-            self._tables = None
+            self._group_by_count(groups)
         return [_scalars(groups[index], t) for index, t in zip(self._scalar_groups, self._counts)]
 
-    def _send_scalars(self, rows: list[Any], groups: list[plan.Group]) -> Tensor:
-        typecode = "d" if self._real == torch.float64 else "f"
-        numbers = itertools.chain.from_iterable(map(_row, rows, self._counts))
-        table = _on_device(array(typecode, numbers), self._device)
-        for index, row in zip(self._scalar_groups, table.view(len(rows), -1).unbind()):
+    def _group_by_count(self, groups: list[plan.Group]) -> None:
+        """Give a row of the table of scalars to every combination of group and step count."""
+        rows: dict[tuple[int, float], int] = {}
+        self._scalar_rows = array("q", (rows.setdefault(key, len(rows)) for key in zip(self.groups, self.counts())))
+        self._scalar_groups, self._counts = [group for group, _ in rows], array("f", (count for _, count in rows))
+        self._tables = None
+
+    def _send_scalars(self, rows: list[StepScalars], groups: list[plan.Group]) -> Tensor:
+        table = self._send_rows(rows)
+        for row, index in enumerate(self._scalar_groups):
             group = groups[index]
             if _is_on_device(group["lr"]):  # the row is that of lr = 1
                 kernels, lr = load(), group["lr"].detach().reshape(()).double()
-                row[kernels.tables.STEP_SIZE.value].mul_(lr)
-                row[kernels.tables.DECAY.value].copy_(1 - lr * group["weight_decay"])
+                own = table[row * kernels.tables.N_SCALARS.value :]
+                own[kernels.tables.STEP_SIZE.value].mul_(lr)
+                own[kernels.tables.DECAY.value].copy_(1 - lr * group["weight_decay"])
         return table
 
-    def _scalars_on_device(self, groups: list[plan.Group]) -> Tensor:
+    def _send_rows(self, rows: list[StepScalars]) -> Tensor:
+        """Send the table of scalars."""
+        typecode = "d" if self._real == torch.float64 else "f"
+        return self._send(array(typecode, itertools.chain.from_iterable(map(_row, rows, self._counts))))
+
+    def _scalars_on_device(self, groups: list[plan.Group], tables: _Tables) -> Tensor:
         """Count the step on the device and compute a row of scalars for each tensor."""
         kernels = load()
         options = array("d", itertools.chain.from_iterable(map(_options, groups)))
-        if _is_capturing(self._device):
-            table = _on_device(options, self._device)
+        if self._capturing:
+            table = self._send(options)
         else:
             if self._options is None or self._options[0] != options:
-                self._options = options, _on_device(options, self._device)
+                self._options = options, self._send(options)
             table = self._options[1]
         for row, group in enumerate(groups):
             if _is_on_device(group["lr"]):
@@ -297,20 +338,21 @@ class Part(plan.Part):
                 )
         n = len(self.groups)
         scalars = torch.empty(n * kernels.tables.N_SCALARS.value, dtype=self._real, device=self._device)
-        kernels.step_scalars_kernel[(n,)](
-            self._send_tables().tensors, table, scalars, kernels.tables.LAYOUT, **_LAUNCH
-        )
+        kernels.step_scalars_kernel[(n,)](tables.tensors, table, scalars, kernels.tables.LAYOUT, **_LAUNCH)
         return scalars
 
     # ---- tables ----
 
+    def _send(self, numbers: array[Any]) -> Tensor:
+        return _on_device(numbers, self._device, self._capturing)
+
     def _send_tables(self) -> _Tables:
         if self._tables is None:
             tables = self._new_tables()
-            if _is_capturing(self._device):  # only replays of this graph will fill them
+            if self._capturing:  # only replays of this graph will fill them
                 return tables
             self._tables = tables
-        elif _is_capturing(self._device):
+        elif self._capturing:
             key = (self._device, self._rows().tobytes())
             self._tables = self.graph_tables.setdefault(key, self._tables)
         return self._tables
@@ -341,16 +383,15 @@ class Part(plan.Part):
 
     def _new_tables(self) -> _Tables:
         device, n = self._device, len(self.groups)
-        n_chunks = _on_device(self._n_chunks, device)
         numbers = torch.arange(n, dtype=torch.int32, device=device)
-        chunks = numbers.repeat_interleave(n_chunks, output_size=self._first_chunks[-1])
-        return _Tables(_on_device(self._rows(), device), chunks, torch.ones(n, dtype=self._real, device=device))
+        chunks = numbers.repeat_interleave(self._send(self._n_chunks), output_size=self._first_chunks[-1])
+        return _Tables(self._send(self._rows()), chunks, torch.ones(n, dtype=self._real, device=device))
 
     def _send_grads(self, addresses: list[int]) -> Tensor:
-        if _is_capturing(self._device):
-            return _on_device(array("q", addresses), self._device)
+        if self._capturing:
+            return self._send(array("q", addresses))
         if self._grads is None or self._grads[0] is not addresses:
-            self._grads = addresses, _on_device(array("q", addresses), self._device)
+            self._grads = addresses, self._send(array("q", addresses))
         return self._grads[1]
 
 
@@ -358,10 +399,10 @@ def _scale_columns(tables: Any) -> tuple[Any, ...]:
     return tables.EXP_AVG_SCALE, tables.EXP_AVG_SQ_MIN, tables.EXP_AVG_SQ_MAX
 
 
-def _on_device(numbers: array[Any], device: torch.device) -> Tensor:
+def _on_device(numbers: array[Any], device: torch.device, capturing: bool) -> Tensor:
     """Send numbers to the device without waiting for it; during a graph's capture, as arguments of kernels."""
     dtype = _TORCH_DTYPES[numbers.typecode]
-    if _is_capturing(device):
+    if capturing:
         table = torch.zeros(len(numbers), dtype=dtype, device=device)
         torch._foreach_add_(list(table.unbind()), numbers.tolist())
         return table
@@ -379,14 +420,14 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _scalars(group: plan.Group, step: float) -> Any:
+def _scalars(group: plan.Group, step: float) -> StepScalars:
     """The scalars of a step; if lr is on a device, for lr = 1, to be multiplied there."""
     lr = 1.0 if _is_on_device(group["lr"]) else float(group["lr"])
     names = ("betas", "eps", "weight_decay", "switch_rate", "inverse_scale", "normalize_inverse", "maximize")
     return step_scalars(step, lr=lr, **{name: group[name] for name in names})
 
 
-def _row(s: Any, step: float) -> tuple[float, ...]:
+def _row(s: StepScalars, step: float) -> tuple[float, ...]:
     """A row of the table of scalars."""
     moments = (s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.eps, s.sign)
     normalize = float(s.normalize_inverse and s.inverse_weight != 0)
@@ -398,7 +439,7 @@ def _row(s: Any, step: float) -> tuple[float, ...]:
         s.adam_weight,
         s.inverse_weight,
         normalize,
-        float(dither(step, _HOST)),
+        dither(step),
     )
 
 

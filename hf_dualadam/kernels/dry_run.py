@@ -96,14 +96,12 @@ def cuda_path_on_the_cpu(gpu: str = "sm_90") -> Iterator[Launches]:
     except RuntimeError:  # there is no GPU, so there is no driver to restore
         before = None
     driver.set_active(_Driver(target(gpu), launches))
-    registers = cuda._REGISTERS if gpu.startswith("sm_") else {}  # AMD's compiler accepts no limit
     cuda._failure.cache_clear()
     cuda._report.cache_clear()
     _forget_compiled_kernels()
     try:
         with (
             mock.patch.object(cuda, "is_here", lambda param: True),
-            mock.patch.object(cuda, "_REGISTERS", registers),
             mock.patch.object(kernels, "make_plan", lambda batches, tables: kernels.Plan(batches, [cuda], tables)),
         ):
             yield launches

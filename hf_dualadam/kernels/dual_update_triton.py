@@ -29,6 +29,14 @@ def _aligned(tensor, grad):
 
 
 @triton.jit
+def _elements(tensor, chunk):
+    """The elements of a chunk, the size of the tensor, and whether the chunk ends before it."""
+    begin = chunk * tables.CHUNK
+    numel = tl.load(tensor + tables.NUMEL)
+    return begin + tl.arange(0, tables.CHUNK), numel, begin + tables.CHUNK <= numel
+
+
+@triton.jit
 def _pointers(address, i, dtype: tl.constexpr, aligned: tl.constexpr):
     """Pointers to the elements i of the array at an address; `aligned` ones are loaded 16 bytes at a time."""
     start = address.to(tl.pointer_type(dtype))
@@ -188,34 +196,57 @@ def update_kernel(
     row, tensor, s, chunk = _place(tensors, chunks, scalars)
     grad = tl.load(grads + row)
     norm_ratio = tl.load(norm_ratios + row)
-    begin = chunk * tables.CHUNK
-    i = begin + tl.arange(0, tables.CHUNK)
-    numel = tl.load(tensor + tables.NUMEL)
-    if (begin + tables.CHUNK <= numel) & _aligned(tensor, grad):
+    i, numel, whole = _elements(tensor, chunk)
+    if whole & _aligned(tensor, grad):
         _update(tensor, grad, s, norm_ratio, i, None, param_dtype, state_dtype, real, correction_bits, True)
     else:
         _update(tensor, grad, s, norm_ratio, i, i < numel, param_dtype, state_dtype, real, correction_bits, False)
 
 
 @triton.jit
-def _scaled_square_sum(x, inside):
-    """The sum of squares as (largest magnitude, sum of squares in units of it), which cannot overflow or underflow."""
-    x = tl.where(inside, tl.abs(x), 0)
-    largest = tl.max(x)
-    x = tl.where(largest > 0, x / largest, x)
-    return largest, tl.sum(x * x)
+def _power_near(x):
+    """A power of two whose product with x > 0 is about 1, so that the square neither overflows nor underflows."""
+    if x.dtype == tl.float64:
+        exponent = x.to(tl.int64, bitcast=True) >> 52
+        power = (tl.maximum(2046 - exponent, 1) << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = x.to(tl.int32, bitcast=True) >> 23
+        power = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
+    return power
 
 
 @triton.jit
 def _store_norms(chunk_sums, exp_avg, denom, inside):
-    """Store the norms of a program's m/d and m*d, of which _squares makes sums of squares."""
-    adam_largest, adam_sum = _scaled_square_sum(exp_avg / denom, inside)
-    inverse_largest, inverse_sum = _scaled_square_sum(exp_avg * denom, inside)
-    own = chunk_sums + 4 * tl.program_id(0)
-    tl.store(own, adam_largest)
-    tl.store(own + 1, adam_sum)
-    tl.store(own + 2, inverse_largest)
-    tl.store(own + 3, inverse_sum)
+    """Store the norms of a program's m/d and m*d: for each a power of two, and the sum of squares scaled by it."""
+    both = tl.join(exp_avg / denom, exp_avg * denom)  # shape (elements, 2)
+    if inside is not None:
+        both = tl.where(tl.join(inside, inside), both, 0)
+    power = _power_near(tl.max(tl.abs(both), 0))
+    both *= power[None, :]
+    own = chunk_sums + 4 * tl.program_id(0) + 2 * tl.arange(0, 2)
+    tl.store(own, power)
+    tl.store(own + 1, tl.sum(both * both, 0))
+
+
+@triton.jit
+def _norms(
+    tensor,
+    grad_address,
+    s,
+    chunk_sums,
+    i,
+    inside,
+    param_dtype: tl.constexpr,
+    state_dtype: tl.constexpr,
+    real: tl.constexpr,
+    aligned: tl.constexpr,
+):
+    """Measure the elements i."""
+    grad = tl.load(_pointers(grad_address, i, param_dtype, aligned), inside).to(real)
+    exp_avg = tl.load(_pointers(tl.load(tensor + tables.EXP_AVG), i, state_dtype, aligned), inside).to(real)
+    exp_avg_sq = tl.load(_pointers(tl.load(tensor + tables.EXP_AVG_SQ), i, state_dtype, aligned), inside).to(real)
+    exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s)
+    _store_norms(chunk_sums, exp_avg, denom, inside)
 
 
 @triton.jit
@@ -233,20 +264,19 @@ def norms_kernel(
     """Measure m/d and m*d of one chunk in the coming update, if the inverse update of its tensor is normalized."""
     row, tensor, s, chunk = _place(tensors, chunks, scalars)
     if tl.load(s + tables.NORMALIZE) != 0:
-        i = chunk * tables.CHUNK + tl.arange(0, tables.CHUNK)
-        inside = i < tl.load(tensor + tables.NUMEL)
-        grad = tl.load(_pointers(tl.load(grads + row), i, param_dtype, False), inside).to(real)
-        exp_avg = tl.load(_pointers(tl.load(tensor + tables.EXP_AVG), i, state_dtype, False), inside).to(real)
-        exp_avg_sq = tl.load(_pointers(tl.load(tensor + tables.EXP_AVG_SQ), i, state_dtype, False), inside).to(real)
-        exp_avg, exp_avg_sq, denom = _moments(grad, exp_avg, exp_avg_sq, s)
-        _store_norms(chunk_sums, exp_avg, denom, inside)
+        grad = tl.load(grads + row)
+        i, numel, whole = _elements(tensor, chunk)
+        if whole & _aligned(tensor, grad):
+            _norms(tensor, grad, s, chunk_sums, i, None, param_dtype, state_dtype, real, True)
+        else:
+            _norms(tensor, grad, s, chunk_sums, i, i < numel, param_dtype, state_dtype, real, False)
 
 
 @triton.jit
 def _squares(quads, column: tl.constexpr, chunk, n_chunks):
-    """Sums of squares of some chunks, in float64, from the results of norms_kernel."""
-    largest = tl.load(quads + 4 * chunk + column, chunk < n_chunks, other=0).to(tl.float64)
-    return largest * largest * tl.load(quads + 4 * chunk + column + 1, chunk < n_chunks, other=0).to(tl.float64)
+    """Sums of squares of some chunks, in float64, from what _store_norms has stored."""
+    power = tl.load(quads + 4 * chunk + column, chunk < n_chunks, other=1).to(tl.float64)
+    return tl.load(quads + 4 * chunk + column + 1, chunk < n_chunks, other=0).to(tl.float64) / power / power
 
 
 @triton.jit

@@ -140,7 +140,7 @@ def test_groups_dtypes_and_late_parameters_take_one_launch_per_dtype(monkeypatch
 def test_tables_are_sent_once_while_addresses_stay(monkeypatch):
     sent = []
     send = cuda._on_device
-    monkeypatch.setattr(cuda, "_on_device", lambda numbers, device: sent.append(len(numbers)) or send(numbers, device))
+    monkeypatch.setattr(cuda, "_on_device", lambda numbers, *args: sent.append(len(numbers)) or send(numbers, *args))
     params = _params((5, 6))
     optimizer = DualAdam(params, capturable=True)
     _train(optimizer, params, steps=1)

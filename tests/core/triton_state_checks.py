@@ -4,7 +4,8 @@ import pytest
 import torch
 from triton_checks import DEVICE, kernel_only  # noqa: F401 (every tensor goes to the kernel)
 
-from hf_dualadam import DualAdam
+from hf_dualadam import DualAdam, diagnostics, kernels
+from hf_dualadam.kernels import cuda
 
 SHAPES = [(33, 128), (67, 130), (64, 64)]
 
@@ -79,6 +80,33 @@ def test_corrected_weights_with_exact_moments_follow_the_readable_statement(dtyp
         moved = readable.master_weights(q) - s.float()
         assert (ours.master_weights(p) - readable.master_weights(q)).norm() <= 1e-3 * moved.norm()
         torch.testing.assert_close(ours.state[p]["exp_avg_sq"], readable.state[q]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize(
+    "dtype, options",
+    [
+        (torch.float32, {}),
+        (torch.float32, {"normalize_inverse": True}),
+        (torch.float64, {}),
+        (torch.float32, {"state_bits": 8}),
+        (torch.bfloat16, {"state_bits": 8, "master_weight_bits": 24}),
+    ],
+    ids=str,
+)
+def test_a_training_log_is_measured_by_the_kernel(dtype, options, monkeypatch):
+    params = _problem(dtype, [*SHAPES, (2049,), (7,)])
+    optimizer = DualAdam(params, lr=0.01, switch_rate=0.1, weight_decay=0.1, **options)
+    _train(optimizer, params, 3)
+    for p in params:
+        p.grad = None
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "_kernels", lambda: [cuda])
+    with monkeypatch.context() as patch:
+        patch.setattr(diagnostics, "_squares_in_blocks", lambda *_: pytest.fail("a tensor was left to another path"))
+        found = diagnostics.inverse_statistics(optimizer)
+    monkeypatch.setattr(kernels, "_kernels", lambda: [])
+    diagnostics._plans.clear()
+    torch.testing.assert_close(tuple(found), tuple(diagnostics.inverse_statistics(optimizer)), rtol=1e-4, atol=0)
 
 
 def test_values_that_are_not_finite_stay_so():
