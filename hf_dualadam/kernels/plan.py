@@ -25,6 +25,8 @@ Item = tuple[Tensor, Tensor, dict[str, Any]]  # parameter, gradient, state
 Batches = list[tuple[Group, list[Item]]]
 
 _PARAMS, _GRAD = operator.itemgetter("params"), operator.attrgetter("grad")
+# An object's address, like id(), which calls audit hooks: that of filelock, in Python, makes it ten times as slow.
+_identity = object.__hash__
 _BLOCK = 256  # tensors that are checked together, so that they stay in the cache
 # Further entries that a state can have: corrections of 16-bit weights, scales of 8-bit moments.
 _CORRECTION, _SCALES = "weight_correction", ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
@@ -83,6 +85,7 @@ class Part:
         self._grad_addresses = addresses_of(grads)
         self.graph_tables = graph_tables
         self._reads_grads = reads_grads
+        self._keys: list[int] = []  # identities of the parameters in the optimizer's state
         # What the first look has seen, by block: facts, checks of layouts, addresses.
         self._seen: list[tuple[list[Any], list[Callable[..., bool]], list[list[int]]]] = []
 
@@ -94,11 +97,12 @@ class Part:
             state: the optimizer's state.
         """
         owners = self._pick(params)
+        states = self._states(owners, state)
         shards: list[Tensor] = []
         grads: list[Tensor] = []
         addresses: list[int] = []
         for number, begin in enumerate(range(0, len(owners), _BLOCK)):
-            facts, columns = self._look_at(owners[begin : begin + _BLOCK], state)
+            facts, columns = self._look_at(owners[begin : begin + _BLOCK], states[begin : begin + _BLOCK])
             fixed = columns[: 1 + len(self._names)]
             if len(self._seen) == number:
                 self._seen.append((facts, [*map(layout_check, columns)], [*map(addresses_of, fixed)]))
@@ -115,16 +119,26 @@ class Part:
             self._grad_addresses = addresses
         return Found(owners, shards, grads, self._grad_addresses)
 
-    def _look_at(self, owners: list[Tensor], state: dict[Tensor, Any]) -> tuple[list[Any], list[list[Tensor]]]:
+    def _states(self, owners: list[Tensor], state: dict[Tensor, Any]) -> list[dict[str, Any]]:
+        """The states of the parameters; if there are no others, without Tensor.__hash__, which takes long."""
+        if len(state) != len(owners):
+            return [*map(state.__getitem__, owners)]
+        keys = [*map(_identity, state)]
+        if keys != self._keys:
+            places = dict(zip(keys, range(len(keys))))
+            self._pick_states = _picker([*map(places.__getitem__, map(_identity, owners))])
+            self._keys = keys
+        return self._pick_states([*state.values()])
+
+    def _look_at(self, owners: list[Tensor], states: list[dict[str, Any]]) -> tuple[list[Any], list[list[Tensor]]]:
         """Which tensors some parameters have, and these: of DTensors the shards.
 
         Returns:
             What must not change about them, apart from layouts and addresses; lists of parameters, of each entry of
             the states and, if they are read, of gradients.
         """
-        states = [*map(state.__getitem__, owners)]
         columns = [[*map(operator.itemgetter(name), states)] for name in self._names]
-        facts: list[Any] = [[*map(id, column)] for column in columns]
+        facts: list[Any] = [[*map(_identity, column)] for column in columns]
         if _CORRECTION not in self._names:
             facts.append(True in map(dict.__contains__, states, repeat(_CORRECTION)))
         columns.insert(0, owners)
@@ -185,7 +199,7 @@ class Plan:
         self._paths = [*map(_PATH, groups)]
         self._fused = [index for index, group in enumerate(groups) if allows_kernels(group)]
         params = self._params(groups)
-        self._param_ids = [*map(id, params)]
+        self._param_ids = [*map(_identity, params)]
         self._kernels = list(kernels)
         self._dead: list[Any] = []  # weak references to freed tensors; while it is empty, ids are unique
         self._alive: list[Any] = []
@@ -234,7 +248,7 @@ class Plan:
         if self._dead or [*map(_PATH, groups)] != self._paths:
             return None
         params = self._params(groups)
-        if [*map(id, params)] != self._param_ids:
+        if [*map(_identity, params)] != self._param_ids:
             return None
         found = []
         try:
