@@ -44,9 +44,7 @@ _TORCH_DTYPES = {"q": torch.int64, "f": torch.float32, "d": torch.float64}  # of
 _OLDEST_TRITON = (3, 2)  # the interpreter of 3.1 and older computes wrong numbers
 _REMEDY = "run `pip install 'triton>=3.2'` (torch 2.6 and newer bring it)"
 # Without fused operations, the compiled kernels round as in Triton's interpreter, which the tests use.
-_LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
-# A thread of the plain update has 8 elements, so that it loads 16 bytes of each array, also of half precision.
-_PLAIN = _LAUNCH | {"num_warps": 4}
+_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @functools.cache
@@ -251,10 +249,9 @@ class Part(plan.Part):
             sum_over_shards(sums, found.owners)
             norm_ratios = norm_ratio(*sums.sqrt_().unbind(1)).to(self._real)
         if len(tables.chunks):
-            options = _LAUNCH if self._coded or self._correction_bits else _PLAIN
             arguments = tables.tensors, grads, tables.chunks, scalars, norm_ratios
             variant = *self._variant, self._correction_bits, load().tables.LAYOUT
-            self._update_kernel[(len(tables.chunks),)](*arguments, *variant, **options)
+            self._update_kernel[(len(tables.chunks),)](*arguments, *variant, **_LAUNCH)
 
     def _norm_sums(self, tables: _Tables, grads: Tensor, scalars: Tensor) -> Tensor:
         """Squared norms of each tensor's m/d and m*d in the coming update, in float64; 1 if it is not normalized."""

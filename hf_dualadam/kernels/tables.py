@@ -12,9 +12,9 @@ from triton.language import constexpr
 
 LAYOUT = zlib.crc32(Path(__file__).read_bytes())
 
-CHUNK = constexpr(1024)  # elements per program
+CHUNK = constexpr(1024)  # elements per program: 8 per thread, so that it loads 16 bytes also of half precision
 BLOCK = constexpr(128)  # elements of 8-bit moments that share a scale, all in one row
-BLOCKS = constexpr(8)  # blocks per program
+BLOCKS = constexpr(4)  # blocks per program
 
 # Columns of the table of tensors (int64). Addresses of gradients change often, so they are in a separate list.
 PARAM = constexpr(0)
