@@ -92,7 +92,8 @@ def contenders(formats: dict[str, Any]) -> dict[str, tuple[Callable, int]]:
     if formats.get("state_bits") == 8:
         for module, optimizer in EIGHT_BIT_PEERS.items():
             if (peer := _imported(module)) is not None:
-                table[f"{module.partition('.')[0]}'s {optimizer}"] = (_builder(getattr(peer, optimizer)), 4)
+                options = {"master_weight_bits": formats["master_weight_bits"]} if module == "flashoptim" else {}
+                table[f"{module.partition('.')[0]}'s {optimizer}"] = (_builder(getattr(peer, optimizer), **options), 4)
     return table
 
 

@@ -113,9 +113,10 @@ def _blocks(tensor, chunk, whole: tl.constexpr):
         row = tl.load(tensor + tables.ROW)
         blocks_in_row = tl.cdiv(row, tables.BLOCK)
         inside_blocks = blocks < tl.load(tensor + tables.NUMEL) // row * blocks_in_row
-        column = (blocks % blocks_in_row * tables.BLOCK)[:, None] + element
-        i = (blocks // blocks_in_row * row)[:, None] + column
-        inside = inside_blocks[:, None] & (column < row)
+        column = blocks % blocks_in_row * tables.BLOCK
+        i = (blocks // blocks_in_row * row + column)[:, None] + element
+        size = tl.where(inside_blocks, tl.minimum(row - column, tables.BLOCK), 0).to(tl.int32)
+        inside = element < size[:, None]
     return i, inside, blocks, inside_blocks
 
 

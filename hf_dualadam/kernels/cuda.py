@@ -45,6 +45,7 @@ _OLDEST_TRITON = (3, 2)  # the interpreter of 3.1 and older computes wrong numbe
 _REMEDY = "run `pip install 'triton>=3.2'` (torch 2.6 and newer bring it)"
 # Without fused operations, the compiled kernels round as in Triton's interpreter, which the tests use.
 _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+_BLOCKS, _SUMS = _LAUNCH | {"num_warps": 2}, _LAUNCH | {"num_warps": 16}  # for 8-bit moments; for norm_sums_kernel
 
 
 @functools.cache
@@ -179,6 +180,7 @@ class Part(plan.Part):
         correction = members[0].state.get("weight_correction")
         self._correction_bits = 0 if correction is None else 8 * correction.element_size()
         self._coded = exp_avg.dtype == torch.int8
+        self._launch = _BLOCKS if self._coded else _LAUNCH
         kernels = load()
         self._variant = [getattr(kernels.tl, name) for name in _DTYPES[self._dtypes] if name]
         if self._coded:
@@ -251,7 +253,7 @@ class Part(plan.Part):
         if len(tables.chunks):
             arguments = tables.tensors, grads, tables.chunks, scalars, norm_ratios
             variant = *self._variant, self._correction_bits, load().tables.LAYOUT
-            self._update_kernel[(len(tables.chunks),)](*arguments, *variant, **_LAUNCH)
+            self._update_kernel[(len(tables.chunks),)](*arguments, *variant, **self._launch)
 
     def _norm_sums(self, tables: _Tables, grads: Tensor, scalars: Tensor) -> Tensor:
         """Squared norms of each tensor's m/d and m*d in the coming update, in float64; 1 if it is not normalized."""
@@ -261,8 +263,8 @@ class Part(plan.Part):
         layout = kernels.tables.LAYOUT
         if n_chunks:
             arguments = tables.tensors, grads, tables.chunks, scalars, chunk_sums
-            self._norms_kernel[(n_chunks,)](*arguments, *self._variant, layout, **_LAUNCH)
-        kernels.norm_sums_kernel[(len(sums),)](tables.tensors, scalars, chunk_sums, sums, layout, **_LAUNCH)
+            self._norms_kernel[(n_chunks,)](*arguments, *self._variant, layout, **self._launch)
+        kernels.norm_sums_kernel[(len(sums),)](tables.tensors, scalars, chunk_sums, sums, layout, **_SUMS)
         return sums
 
     def counts(self) -> array[float]:

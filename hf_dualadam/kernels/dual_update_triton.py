@@ -289,14 +289,14 @@ def norm_sums_kernel(tensors, scalars, chunk_sums, sums, layout: tl.constexpr):
     if tl.load(s + tables.NORMALIZE) != 0:
         n_chunks = tl.load(tensor + tables.N_CHUNKS)
         quads = chunk_sums + 4 * tl.load(tensor + tables.FIRST_CHUNK)
-        adam_sq = tl.zeros((tables.CHUNK,), tl.float64)
-        inverse_sq = tl.zeros((tables.CHUNK,), tl.float64)
+        adam_sq = tl.zeros((tables.SUMS,), tl.float64)
+        inverse_sq = tl.zeros((tables.SUMS,), tl.float64)
         begin = tl.full((), 0, tl.int64)
         while begin < n_chunks:  # the interpreter of Triton 3.6 cannot count with range() where NumPy is 2.5
-            chunk = begin + tl.arange(0, tables.CHUNK)
+            chunk = begin + tl.arange(0, tables.SUMS)
             adam_sq += _squares(quads, 0, chunk, n_chunks)
             inverse_sq += _squares(quads, 2, chunk, n_chunks)
-            begin += tables.CHUNK
+            begin += tables.SUMS
         adam_sum = tl.sum(adam_sq)
         inverse_sum = tl.sum(inverse_sq)
     tl.store(sums + 2 * tl.program_id(0), adam_sum)

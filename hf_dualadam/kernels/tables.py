@@ -14,7 +14,8 @@ LAYOUT = zlib.crc32(Path(__file__).read_bytes())
 
 CHUNK = constexpr(1024)  # elements per program: 8 per thread, so that it loads 16 bytes also of half precision
 BLOCK = constexpr(128)  # elements of 8-bit moments that share a scale, all in one row
-BLOCKS = constexpr(4)  # blocks per program
+BLOCKS = constexpr(2)  # blocks per program
+SUMS = constexpr(4096)  # programs whose sums norm_sums_kernel adds up at a time
 
 # Columns of the table of tensors (int64). Addresses of gradients change often, so they are in a separate list.
 PARAM = constexpr(0)

@@ -15,7 +15,7 @@ from hf_dualadam import DualAdam, InvAdam  # noqa: E402
 from hf_dualadam.kernels import cuda, dry_run  # noqa: E402
 
 TARGETS = ["sm_80", "sm_90", "gfx942"]
-REGISTERS = 96  # per thread: room for five programs of 128 threads on a multiprocessor of any GPU since sm_80
+REGISTERS = 128  # per thread: room for four programs of 128 threads on a multiprocessor of any GPU since sm_80
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
