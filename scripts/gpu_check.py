@@ -26,7 +26,9 @@ RUNS = [
     ["--shapes", "bert-base", "--dtype", "float16", "--rounds", "21"],
     ["--shapes", "bert-base", "--state_bits", "8", "--rounds", "21"],
     ["--shapes", "1b", "--rounds", "15"],
-    [*"--shapes 1b --dtype bfloat16 --state_bits 8 --master_weight_bits 24 --rounds 15".split()],
+    [
+        *"--shapes 1b --dtype bfloat16 --state_bits 8 --master_weight_bits 24 --baseline_dtype float32 --rounds 15".split()
+    ],
     ["--shapes", "many-small", "--rounds", "21"],
 ]
 TESTS = ["tests/core", "tests/trainer/test_trainer_on_a_gpu.py"]
