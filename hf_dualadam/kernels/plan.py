@@ -107,9 +107,13 @@ class Part:
             if len(self._seen) == number:
                 self._seen.append((facts, [*map(layout_check, columns)], [*map(addresses_of, fixed)]))
             known_facts, checks, known_addresses = self._seen[number]
-            if facts != known_facts or not all(check(*tensors) for check, tensors in zip(checks, columns)):
+            if facts != known_facts:
                 return None
-            if [*map(addresses_of, fixed)] != known_addresses:
+            # Both looks at a list of tensors in turn, while it is in the cache.
+            for check, tensors, known in zip(checks, fixed, known_addresses):
+                if not check(*tensors) or addresses_of(tensors) != known:
+                    return None
+            if self._reads_grads and not checks[-1](*columns[-1]):
                 return None
             shards += columns[0]
             if self._reads_grads:
