@@ -272,7 +272,7 @@ class MomentOptimizer(Optimizer):
 
     def _run_kernels(self, groups: list[Group]) -> kernels.Batches:
         """Count the step and update whatever a kernel can; return the rest."""
-        key = None if groups is self.param_groups else tuple(map(id, groups[0]["params"]))
+        key = None if groups is self.param_groups else tuple(map(kernels.identity, groups[0]["params"]))
         plans, graph_tables = (self.__dict__.setdefault(name, {}) for name in ("_plans", "_graph_tables"))
         plan, step = kernels.planned(
             plans, key, groups, self.state, self._collect, lambda batches: kernels.make_plan(batches, graph_tables)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 from . import kernels
 from .base import MAX_COUNT
 from .functional import StepScalars, component_norms, norm_ratio, step_scalars
-from .kernels import cpu
-from .kernels.cpu import SCALE, SCALES
+from .kernels.cpu import SCALE, SUM_FACTORS
 from .kernels.layout import is_sharded, sum_over_shards
 from .optimizers import DualAdam
 from .states import HALF_DTYPES, format_of, local_tensor
@@ -49,8 +48,8 @@ class InverseStatistics(NamedTuple):
 def inverse_statistics(optimizer: DualAdam, partitioned: bool = False) -> InverseStatistics | None:
     """Measure the last step of ``optimizer`` from its moments.
 
-    Reads the state once and takes at most about as long as an optimizer step. Waits for a device once, or twice with
-    ``capturable``, since the step counts are there too.
+    On a CPU, it reads the state once and takes at most about as long as an optimizer step. On a GPU, it reads the
+    moments twice and waits for the device, once for each dtype and format.
     Sharded tensors (DTensor) are measured whole, so every process has to call it.
 
     Args:
@@ -101,7 +100,7 @@ class _Measured(NamedTuple):
             step, and the parameter; shape (6, parameters).
         """
         table = [
-            (s.adam_weight, s.inverse_weight, s.normalize_inverse, s.lr, 1 - s.beta1**step)
+            (s.adam_weight, s.inverse_weight, s.normalize_inverse, s.lr, 1 - s.beta1 ** max(step, 1))
             for s, step in zip(self.scalars, self.steps)
         ]
         columns = torch.tensor(table, dtype=torch.float64)[self.rows].unbind(1)
@@ -129,7 +128,7 @@ def _measure(optimizer: DualAdam) -> _Measured:
     indices: list[int] = []  # of groups
     counts: list[Tensor] = []
     tables: list[Tensor] = []
-    for part, found in zip(cast("list[cpu.Part]", plan.parts), step.found):
+    for part, found in zip(plan.parts, step.found):
         params += found.owners
         indices += part.groups
         counts.append(torch.tensor(part.counts()))
@@ -168,7 +167,8 @@ def _counts(items: list[Any]) -> Tensor:
 
 
 def _scalars(group: dict[str, Any], step: float) -> StepScalars:
-    return step_scalars(step, lr=float(group["lr"]), **{name: group[name] for name in _OPTIONS})
+    count = max(step, 1)  # with a count of 0, m is 0 too
+    return step_scalars(count, lr=float(group["lr"]), **{name: group[name] for name in _OPTIONS})
 
 
 def _tensors(param: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +192,7 @@ def _squares_in_blocks(items: list[Any], scalars: list[StepScalars]) -> Tensor:
     table = torch.zeros(len(items), 4, dtype=torch.float64)
     table[:, :3].index_add_(0, torch.tensor(places), columns.square())
     table[:, 3] = torch.stack([size.to(home) for size in sizes]).cpu().double().square()
-    return table.mul_(SCALES)
+    return table.mul_(SUM_FACTORS)
 
 
 def _block_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
@@ -207,7 +207,7 @@ def _block_norms(exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
 def _measure_exactly(measured: _Measured, state: dict[Tensor, Any]) -> None:
     """Measure in float64 those parameters whose sums of squares do not fit float32."""
     numels = torch.tensor([*map(Tensor.numel, measured.params)], dtype=torch.float64)
-    means = (measured.squares / SCALES) / numels.unsqueeze(1)
+    means = (measured.squares / SUM_FACTORS) / numels.unsqueeze(1)
     fit = (means < _LARGEST_RMS**2).all(1) & (means[:, :3] > _SMALLEST_RMS**2).all(1)  # the parameter may be 0
     for row in (~fit).nonzero().flatten().tolist():
         param, scalars = measured.params[row], measured.scalars[measured.rows[row]]

@@ -246,7 +246,7 @@ def dither_bits(step: Any, device: torch.device | None = None) -> Any:
 
     Args:
         step: a number or a 0-dim tensor.
-        device: where the result of a tensor is needed.
+        device: of the result, if ``step`` is a tensor.
 
     Returns:
         An int, or a 0-dim int64 tensor.

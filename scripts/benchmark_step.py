@@ -10,7 +10,8 @@
 
 In every round, each optimizer takes one step and a large tensor is copied. A ratio is the median over rounds of the
 time divided by that of fused AdamW in the same round. All optimizers share parameters, gradients and moments. On a
-GPU, a step's time is that of the device alone, as in training, where the host runs ahead of it.
+GPU, a step's time is that of the device alone, unless the step waits for it or the host needs more than 25 ms; in
+training, too, the host runs ahead of the device.
 
 - params/s: parameters updated per second, at the median time.
 - bandwidth: the bytes that a step must move (read p, g, m, v; write p, m, v) per second, and as a percentage of the
@@ -18,10 +19,10 @@ GPU, a step's time is that of the device alone, as in training, where the host r
 - state: bytes of an optimizer's state per parameter.
 - memory: peak memory of a step above what is allocated before it.
 - first step: includes creating the moments, and loading or compiling a kernel.
-- with the host (on a GPU): the time of a step whose end the host waits for, before and after it.
+- with the host (on a GPU): the time of a step when the host waits for the device before and after it.
 
-Below the table: what the figures of a training log take beside a step, as a median ratio of times and as the ratio of
-the smallest processor times, which other processes affect less (with ``--threads 1``; idle threads wait actively).
+Below the table: the cost of a training log relative to a step, as a median ratio of times and as the ratio of the
+smallest processor times, which other processes affect less (with ``--threads 1``; idle threads wait actively).
 
 An optimizer whose temporary tensors would not fit into memory is skipped and listed.
 """
@@ -58,7 +59,7 @@ SCALING_TENSOR = 1_000_000
 BASELINE = "AdamW, fused"
 COPY = "copy"
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
-AHEAD = 50_000_000  # cycles of the device, 25 ms or more: what the host is ahead by when a step starts
+AHEAD = 50_000_000  # cycles of the device, 25 ms or more: the host's head start
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PHASES = {
     "before the switch": {"switch_rate": 1e-7},
@@ -378,7 +379,7 @@ def table(result: dict[str, Any]) -> str:
     if result["figures"] is not None:
         figures = result["figures"]
         lines.append(
-            f"\nThe figures of a training log: {figures['milliseconds']:.2f} ms, {figures['ratio']:.2f} of a step, "
+            f"\nA training log: {figures['milliseconds']:.2f} ms, {figures['ratio']:.2f} of a step, "
             f"{figures['processor_ratio']:.2f} of its processor time ({figures['optimizer']})"
         )
     lines += [f"\nLeft out: {name}: {reason}" for name, reason in result["left_out"].items()]

@@ -12,6 +12,7 @@ from . import cpu
 from .plan import Batches as Batches
 from .plan import Group, Item, Step
 from .plan import Plan as Plan
+from .plan import identity as identity
 
 MAX_PLANS = 1024  # per optimizer: one for step(), and one for each call of step_params() in gradient release
 Collect = Callable[[Group, list[Tensor]], list[Item]]

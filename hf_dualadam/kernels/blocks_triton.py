@@ -1,6 +1,6 @@
 """8-bit moments and corrected weights in the CUDA kernel: the formats of states.py, read and written in one pass.
 
-A program updates 8 blocks, each of elements that share a scale, as an array of shape (block, element). See
+A program updates a few blocks, each of elements that share a scale, as an array of shape (block, element). See
 dual_update_triton.py for the formula and tables.py for the tables.
 """
 
@@ -24,7 +24,7 @@ from .dual_update_triton import (
 
 @triton.jit
 def _load(pointers, inside, whole: tl.constexpr):
-    """Load elements; without a mask if the blocks are `whole`, so that each load can be wide."""
+    """Load elements; without a mask if all blocks are complete, so that the loads are vectorized."""
     if whole:
         values = tl.load(pointers)
     else:

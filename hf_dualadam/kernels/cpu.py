@@ -18,6 +18,7 @@ from ..functional import inverse_weight, norm_ratio
 from ..states import BLOCK, HALF_DTYPES, local_tensor
 from . import plan
 from .layout import Operands, can_sum_over_shards, mark_as_written, same_layout, sum_over_shards
+from .plan import SCALES
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +32,13 @@ _MOMENTS = {
     torch.float16: {torch.float32: 0},
 }
 _CODES = 4
-_SCALES = ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _CORRECTION_BITS = {torch.int8: 8, torch.int16: 16}
 _GRAD, _N_FIELDS = 1, 15  # index of a field of struct Tensor, and the number of fields
 _N_SUMS = 4  # sums of squares per tensor
 # The C function last_norms scales d, so that float32 holds the squares of both m/d (about 1) and m*d (down to 1e-25,
 # for gradients of 3e-13).
 SCALE = 2.0**30
-SCALES = torch.tensor([SCALE**2, SCALE**-2, 1, 1], dtype=torch.float64)  # of its sums
+SUM_FACTORS = torch.tensor([SCALE**2, SCALE**-2, 1, 1], dtype=torch.float64)
 
 _REMEDY = (
     "install a C compiler (gcc or clang) and run `pip install --force-reinstall --no-deps` on hf_dualadam again, or, "
@@ -183,19 +183,10 @@ class Part(plan.Part):
         return read_steps(self.addresses[3])
 
     def last_norms(self, found: plan.Found, groups: list[plan.Group]) -> Tensor:
-        """Measure the last step.
-
-        Args:
-            found: what :meth:`look` has just returned.
-            groups: the optimizer's parameter groups.
-
-        Returns:
-            Per tensor, or shard, the squared norms of m/d, m*d, m and the parameter. They are float64 sums of float32
-            squares, accurate unless the latter overflow or underflow.
-        """
+        """Measure the last step in one pass."""
         sums = torch.empty(len(self.groups), _N_SUMS, dtype=torch.float64)
         _call("last_norms", self._rows, _table_of_options(groups), sums)
-        return sums.mul_(SCALES)
+        return sums.mul_(SUM_FACTORS)
 
 
 def is_here(param: Tensor) -> bool:
@@ -245,7 +236,7 @@ def _correction(param: Tensor, state: dict[str, Any]) -> tuple[int | None, int]:
 
 def _scales(param: Tensor, state: dict[str, Any]) -> tuple[int, ...] | None:
     """The addresses of the scales of 8-bit moments; None if they do not fit the parameter."""
-    scales = [local_tensor(state[name]) for name in _SCALES]
+    scales = [local_tensor(state[name]) for name in SCALES]
     shape = (param.shape[0], -(-param.shape[1:].numel() // BLOCK))
     if all(x.is_cpu and x.dtype == torch.float32 and x.shape == shape and x.is_contiguous() for x in scales):
         return tuple(x.data_ptr() for x in scales)

@@ -24,6 +24,7 @@ from ..states import BLOCK, HALF_DTYPES, dither, exact_dtype, local_tensor
 from . import plan
 from .cpu import count_steps, read_steps
 from .layout import Operands, addresses_of, can_sum_over_shards, mark_as_written, same_layout, sum_over_shards
+from .plan import CORRECTION, SCALES
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +40,12 @@ _DTYPES = {
     (torch.bfloat16, torch.int8): ("bfloat16", None),
     (torch.float16, torch.int8): ("float16", None),
 }
-_SCALES = ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _TORCH_DTYPES = {"q": torch.int64, "f": torch.float32, "d": torch.float64}  # of arrays
 _OLDEST_TRITON = (3, 2)  # the interpreter of 3.1 and older computes wrong numbers
 _REMEDY = "run `pip install 'triton>=3.2'` (torch 2.6 and newer bring it)"
 # Without fused operations, the compiled kernels round as in Triton's interpreter, which the tests use.
 _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
-_BLOCKS, _SUMS = _LAUNCH | {"num_warps": 2}, _LAUNCH | {"num_warps": 16}  # for 8-bit moments; for norm_sums_kernel
+_LAUNCH_BLOCKS, _LAUNCH_SUMS = _LAUNCH | {"num_warps": 2}, _LAUNCH | {"num_warps": 16}  # 8 bits; norm_sums_kernel
 
 
 @functools.cache
@@ -87,17 +87,20 @@ def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[Any,
     """Group tensors by device and pair of dtypes, if the kernel can be launched for them."""
     param, grad, exp_avg, exp_avg_sq, step = tensors
     capturable = group["capturable"]
-    measures = grad is param  # a plan of measurements
+    measures = item[1] is item[0]  # a plan of measurements
     normalize = group["normalize_inverse"] or measures
     coded = exp_avg.dtype == torch.int8
-    correction = item[2].get("weight_correction")
+    correction = item[2].get(CORRECTION)
     bits = 0 if correction is None else 8 * correction.element_size()
-    more = [local_tensor(item[2][name]) for name in _more_names(item[2])]
+    more = {name: local_tensor(item[2][name]) for name in _more_names(item[2])}
+    blocks = (param.shape[0], -(-param.shape[1:].numel() // BLOCK)) if coded else ()
     fits = (
         (param.dtype, exp_avg.dtype) in _DTYPES
         and grad.dtype == param.dtype
         and exp_avg_sq.dtype == (torch.uint8 if coded else exp_avg.dtype)
-        and all(tensor.device == param.device and tensor.is_contiguous() for tensor in more)
+        and all(tensor.device == param.device for tensor in more.values())
+        and all(scale.is_contiguous() and scale.shape == blocks for name, scale in more.items() if name in SCALES)
+        and (correction is None or param.dtype in HALF_DTYPES and _same_place(more[CORRECTION], param))
         and param.device == grad.device == exp_avg.device == exp_avg_sq.device
         and step.device == (param.device if capturable else torch.device("cpu"))
         and same_layout(param, grad, exp_avg, exp_avg_sq, in_logical_order=coded)
@@ -109,9 +112,14 @@ def prepare(item: plan.Item, tensors: Operands, group: plan.Group) -> tuple[Any,
     return (param.device, param.dtype, exp_avg.dtype, capturable, bits), None
 
 
+def _same_place(correction: Tensor, param: Tensor) -> bool:
+    """Whether the correction of element i of memory is at i."""
+    return correction.shape == param.shape and correction.stride() == param.stride()
+
+
 def _more_names(state: dict[str, Any]) -> list[str]:
     """The entries of a state that only 8-bit moments and corrected weights have."""
-    return [name for name in ("weight_correction", *_SCALES) if name in state]
+    return [name for name in (CORRECTION, *SCALES) if name in state]
 
 
 @functools.cache
@@ -141,10 +149,10 @@ def _failure(
         step = torch.zeros((), device=device if capturable else "cpu")
         state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
         if state_dtype == torch.int8:
-            state |= {name: torch.zeros(1, 1, device=device) for name in _SCALES}
+            state |= {name: torch.zeros(1, 1, device=device) for name in SCALES}
         if correction_bits:
             integers = torch.int8 if correction_bits == 8 else torch.int16
-            state["weight_correction"] = torch.zeros(1, 1, dtype=integers, device=device)
+            state[CORRECTION] = torch.zeros(1, 1, dtype=integers, device=device)
         part = Part([plan.Member(0, 0, (param, grad, exp_avg, exp_avg_sq, step), state, None)], False, {})
         part.run(plan.Found([param], [param], [grad], [grad.data_ptr()]), [group])
     except Exception as error:  # from Triton, the compiler that it calls, or the driver
@@ -177,10 +185,10 @@ class Part(plan.Part):
         param, _, exp_avg, *_ = members[0].operands
         self._device, self._dtypes = param.device, (param.dtype, exp_avg.dtype)
         self._real = torch.float64 if param.dtype == torch.float64 else torch.float32
-        correction = members[0].state.get("weight_correction")
+        correction = members[0].state.get(CORRECTION)
         self._correction_bits = 0 if correction is None else 8 * correction.element_size()
         self._coded = exp_avg.dtype == torch.int8
-        self._launch = _BLOCKS if self._coded else _LAUNCH
+        self._launch = _LAUNCH_BLOCKS if self._coded else _LAUNCH
         kernels = load()
         self._variant = [getattr(kernels.tl, name) for name in _DTYPES[self._dtypes] if name]
         if self._coded:
@@ -225,7 +233,7 @@ class Part(plan.Part):
 
     @contextlib.contextmanager
     def _on_its_stream(self) -> Iterator[None]:
-        """Make the device the current one, and forget tables of another stream, for which none would wait."""
+        """Make the device the current one, and drop tables sent on another stream: this one does not wait for it."""
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
             self._capturing, stream = _is_capturing(self._device), _stream(self._device)
             if not self._capturing and self._stream != stream:
@@ -264,26 +272,24 @@ class Part(plan.Part):
         if n_chunks:
             arguments = tables.tensors, grads, tables.chunks, scalars, chunk_sums
             self._norms_kernel[(n_chunks,)](*arguments, *self._variant, layout, **self._launch)
-        kernels.norm_sums_kernel[(len(sums),)](tables.tensors, scalars, chunk_sums, sums, layout, **_SUMS)
+        kernels.norm_sums_kernel[(len(sums),)](tables.tensors, scalars, chunk_sums, sums, layout, **_LAUNCH_SUMS)
         return sums
 
     def counts(self) -> array[float]:
-        """The step counts of all tensors, if they are on the host."""
+        """The step counts of all tensors, which are on the host."""
         return read_steps(self.addresses[3])
 
     def last_norms(self, found: plan.Found, groups: list[plan.Group]) -> Tensor:
-        """See :meth:`hf_dualadam.kernels.cpu.Part.last_norms`. Waits for the device.
-
-        The norms of an update are measured with scalars that leave m and v as they are, and with d = 1 for that of m.
-        """
+        """Use the norms kernel twice: beta1 = beta2 = 1 leaves m and v as they are, and d = 1 gives the norm of m."""
         with self._on_its_stream():
             self._group_by_count(groups)
-            tables, grads = self._send_tables(), self._send(self.addresses[0])  # gradients without effect
+            tables, grads = self._send_tables(), self._send(self.addresses[0])  # times 0: any gradients do
             rows = [_scalars(groups[index], t) for index, t in zip(self._scalar_groups, self._counts)]
-            still = [row._replace(beta1=1, beta2=1, sign=0, inverse_weight=1, normalize_inverse=True) for row in rows]
-            directions = self._norm_sums(tables, grads, self._send_rows(still))
-            still = [row._replace(eps=1, bias2_rsqrt=0) for row in still]
-            first = self._norm_sums(tables, grads, self._send_rows(still))[:, :1]
+            frozen = [row._replace(beta1=1, beta2=1, sign=0, inverse_weight=1, normalize_inverse=True) for row in rows]
+            directions = self._norm_sums(tables, grads, self._send_rows(frozen))
+            frozen = [row._replace(eps=1, bias2_rsqrt=0) for row in frozen]
+            first = self._norm_sums(tables, grads, self._send_rows(frozen))[:, :1]
+            self._tables = None  # large, and seldom needed
             sizes = torch.stack(torch._foreach_norm(found.params, dtype=self._real)).double().square()
             return torch.cat([directions, first, sizes.unsqueeze(1)], 1).cpu()
 
@@ -371,9 +377,7 @@ class Part(plan.Part):
             kernels.tables.ROW.value: self._rows_of_elements,
             kernels.tables.N_CHUNKS.value: self._n_chunks,
         }
-        places = dict(
-            zip(("weight_correction", *_SCALES), (kernels.tables.CORRECTION, *_scale_columns(kernels.tables)))
-        )
+        places = dict(zip((CORRECTION, *SCALES), (kernels.tables.CORRECTION, *_scale_columns(kernels.tables))))
         columns |= {places[name].value: addresses for name, addresses in self._more.items()}
         rows = array("q", [0]) * (n * kernels.tables.N_COLUMNS.value)
         for column, values in columns.items():

@@ -25,11 +25,11 @@ Item = tuple[Tensor, Tensor, dict[str, Any]]  # parameter, gradient, state
 Batches = list[tuple[Group, list[Item]]]
 
 _PARAMS, _GRAD = operator.itemgetter("params"), operator.attrgetter("grad")
-# An object's address, like id(), which calls audit hooks: that of filelock, in Python, makes it ten times as slow.
-_identity = object.__hash__
+# As unique as id(), without its audit event: filelock's hook makes that ten times as slow.
+identity = object.__hash__
 _BLOCK = 256  # tensors that are checked together, so that they stay in the cache
 # Further entries that a state can have: corrections of 16-bit weights, scales of 8-bit moments.
-_CORRECTION, _SCALES = "weight_correction", ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
+CORRECTION, SCALES = "weight_correction", ("exp_avg_scale", "exp_avg_sq_min", "exp_avg_sq_max")
 _PLACEMENTS = operator.attrgetter("placements")
 # The options that decide which path a group takes; those of the formula are read at every step.
 _PATH = operator.itemgetter("fused", "foreach", "capturable", "normalize_inverse", "state_bits", "master_weight_bits")
@@ -86,6 +86,7 @@ class Part:
         self.graph_tables = graph_tables
         self._reads_grads = reads_grads
         self._keys: list[int] = []  # identities of the parameters in the optimizer's state
+        self._pick_states = self._pick
         # What the first look has seen, by block: facts, checks of layouts, addresses.
         self._seen: list[tuple[list[Any], list[Callable[..., bool]], list[list[int]]]] = []
 
@@ -124,13 +125,13 @@ class Part:
         return Found(owners, shards, grads, self._grad_addresses)
 
     def _states(self, owners: list[Tensor], state: dict[Tensor, Any]) -> list[dict[str, Any]]:
-        """The states of the parameters; if there are no others, without Tensor.__hash__, which takes long."""
-        if len(state) != len(owners):
+        """The states of the parameters, in most cases without Tensor.__hash__, which calls id()."""
+        if len(state) > 4 * len(owners):  # gradient release: a plan for each parameter
             return [*map(state.__getitem__, owners)]
-        keys = [*map(_identity, state)]
+        keys = [*map(identity, state)]
         if keys != self._keys:
             places = dict(zip(keys, range(len(keys))))
-            self._pick_states = _picker([*map(places.__getitem__, map(_identity, owners))])
+            self._pick_states = _picker([*map(places.__getitem__, map(identity, owners))])
             self._keys = keys
         return self._pick_states([*state.values()])
 
@@ -142,9 +143,9 @@ class Part:
             the states and, if they are read, of gradients.
         """
         columns = [[*map(operator.itemgetter(name), states)] for name in self._names]
-        facts: list[Any] = [[*map(_identity, column)] for column in columns]
-        if _CORRECTION not in self._names:
-            facts.append(True in map(dict.__contains__, states, repeat(_CORRECTION)))
+        facts: list[Any] = [[*map(identity, column)] for column in columns]
+        if CORRECTION not in self._names:
+            facts.append(True in map(dict.__contains__, states, repeat(CORRECTION)))
         columns.insert(0, owners)
         if self._reads_grads:
             columns.append([*map(_GRAD, owners)])
@@ -159,6 +160,23 @@ class Part:
         Args:
             found: what :meth:`look` has just returned.
             groups: the optimizer's parameter groups.
+        """
+        raise NotImplementedError
+
+    def counts(self) -> array[float]:
+        """The step counts of all tensors."""
+        raise NotImplementedError
+
+    def last_norms(self, found: Found, groups: list[Group]) -> Tensor:
+        """Measure the last step; waits for the device.
+
+        Args:
+            found: what :meth:`look` has just returned.
+            groups: the optimizer's parameter groups.
+
+        Returns:
+            Per tensor, or shard, the squared norms of m/d, m*d, m and the parameter, on the CPU. They are float64 sums
+            of float32 squares, accurate unless the latter overflow or underflow.
         """
         raise NotImplementedError
 
@@ -203,7 +221,7 @@ class Plan:
         self._paths = [*map(_PATH, groups)]
         self._fused = [index for index, group in enumerate(groups) if allows_kernels(group)]
         params = self._params(groups)
-        self._param_ids = [*map(_identity, params)]
+        self._param_ids = [*map(identity, params)]
         self._kernels = list(kernels)
         self._dead: list[Any] = []  # weak references to freed tensors; while it is empty, ids are unique
         self._alive: list[Any] = []
@@ -252,7 +270,7 @@ class Plan:
         if self._dead or [*map(_PATH, groups)] != self._paths:
             return None
         params = self._params(groups)
-        if [*map(_identity, params)] != self._param_ids:
+        if [*map(identity, params)] != self._param_ids:
             return None
         found = []
         try:
@@ -324,7 +342,7 @@ def _picker(places: list[int]) -> Callable[[list[Any]], list[Any]]:
 
 def _names(state: dict[str, Any]) -> tuple[str, ...]:
     """The entries of a state that a kernel reads or writes."""
-    names = ("step", "exp_avg", "exp_avg_sq", _CORRECTION, *(() if state["exp_avg"].is_floating_point() else _SCALES))
+    names = ("step", "exp_avg", "exp_avg_sq", CORRECTION, *(() if state["exp_avg"].is_floating_point() else SCALES))
     return tuple(name for name in names if name in state)
 
 

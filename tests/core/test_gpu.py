@@ -46,11 +46,11 @@ def test_nothing_is_compiled_as_lr_alpha_and_step_change():
     params = _params((1000,))
     optimizer = DualAdam(params, switch_rate=RATE)
     _train(optimizer, params, steps=1)
-    compiled = {name: len(_binaries(name)) for name in ("update_kernel",)}
+    compiled = len(_binaries("update_kernel"))
     for t in range(1, 6):
         optimizer.param_groups[0]["lr"] = (1, 0.5, 1e-3, 0.0, 7)[t - 1]
         _train(optimizer, params, steps=1, start=t)
-    assert compiled == {name: len(_binaries(name)) for name in compiled}
+    assert len(_binaries("update_kernel")) == compiled
 
 
 def _binaries(name):
@@ -65,16 +65,9 @@ def test_a_captured_step_goes_on_counting():
         params = _params((1000, 2049))
         optimizer = DualAdam(params, lr=0.02, switch_rate=RATE, capturable=True)
         _train(optimizer, params, steps=1)
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for p in params:
-                    p.grad = torch.full_like(p, 0.1)
-                optimizer.step()
-        for p in params:
-            p.grad = torch.full_like(p, 0.1)
+        graph = _capture(optimizer, params, 0.1) if captured else None
         for _ in range(4):
-            graph.replay() if captured else optimizer.step()
+            graph.replay() if captured else _eager(optimizer, params, 0.1)
         results.append([p.detach().clone() for p in params])
         assert optimizer.state[params[0]]["step"] == 5
     for a, b in zip(*results):

@@ -84,7 +84,7 @@ def test_every_kernel_compiles(gpu, dtype, compiled):
 
 
 def _machine_code(kernel, tmp_path):
-    """Resources, and instructions as (opcode, text), up to the last store of the first path: the aligned one."""
+    """Resources, and the opcodes of the machine code."""
     path = tmp_path / "kernel.cubin"
     path.write_bytes(kernel.asm["cubin"])
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

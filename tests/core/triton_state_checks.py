@@ -1,11 +1,10 @@
-"""Checks of 8-bit moments in the CUDA kernel, run by test_kernels_triton.py, compared with states.py."""
+"""Checks of 8-bit moments, corrected weights and training logs in the CUDA kernel, run by test_kernels_triton.py."""
 
 import pytest
 import torch
 from triton_checks import DEVICE, kernel_only  # noqa: F401 (every tensor goes to the kernel)
 
 from hf_dualadam import DualAdam, diagnostics, kernels
-from hf_dualadam.kernels import cuda
 
 SHAPES = [(33, 128), (67, 130), (64, 64)]
 
@@ -20,7 +19,7 @@ def _train(optimizer, params, steps, start=0):
         for index, p in enumerate(params):
             noise = torch.Generator().manual_seed(100 * step + index)
             grad = torch.randn(p.shape, generator=noise) * torch.logspace(-3, 1, p.shape[-1])
-            p.grad = grad.to(p.dtype).to(DEVICE)
+            p.grad = torch.empty_like(p).copy_(grad.to(p.dtype))
         optimizer.step()
 
 
@@ -67,9 +66,11 @@ def test_coded_tensors_follow_the_readable_statement_up_to_a_code(dtype, bits, o
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_corrected_weights_with_exact_moments_follow_the_readable_statement(dtype, bits, options, monkeypatch):
     """So train the small tensors of a model with 8-bit moments, too."""
-    shapes = [(2049,), (7,), (33, 128)]
+    shapes = [(2049,), (7,), (33, 128), (4, 6, 3, 3)]
     common = {"lr": 0.01, "switch_rate": 0.3, "weight_decay": 0.1, "master_weight_bits": bits}
     params, others, start = (_problem(dtype, shapes) for _ in range(3))
+    for p in (params[-1], others[-1]):
+        p.data = p.data.to(memory_format=torch.channels_last)
     ours = DualAdam(params, **common, **options)
     _train(ours, params, 3)
     monkeypatch.undo()
@@ -99,8 +100,6 @@ def test_a_training_log_is_measured_by_the_kernel(dtype, options, monkeypatch):
     _train(optimizer, params, 3)
     for p in params:
         p.grad = None
-    if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "_kernels", lambda: [cuda])
     with monkeypatch.context() as patch:
         patch.setattr(diagnostics, "_squares_in_blocks", lambda *_: pytest.fail("a tensor was left to another path"))
         found = diagnostics.inverse_statistics(optimizer)

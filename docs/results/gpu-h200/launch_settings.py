@@ -7,6 +7,7 @@ It changes private constants, so another version of hf_dualadam may need other n
 
 import statistics
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -32,11 +33,11 @@ CASES = {
 }
 
 
-def settle(coded: bool, size: int, warps: int) -> None:
+def choose(coded: bool, size: int, warps: int) -> None:
     """Choose a setting, and forget what has been compiled for another."""
     setattr(tables, "BLOCKS" if coded else "CHUNK", constexpr(size))
-    tables.LAYOUT += 1
-    (cuda._BLOCKS if coded else cuda._LAUNCH)["num_warps"] = warps
+    tables.LAYOUT = zlib.crc32(repr((tables.CHUNK.value, tables.BLOCKS.value)).encode())  # for Triton's cache on disk
+    (cuda._LAUNCH_BLOCKS if coded else cuda._LAUNCH)["num_warps"] = warps
     cuda._failure.cache_clear()
     for kernel in (*vars(cuda.load()).values(), *vars(blocks_triton).values()):
         getattr(kernel, "device_caches", {}).clear()
@@ -55,7 +56,7 @@ def main() -> None:
     print(torch.cuda.get_device_name())
     for coded, settings in ((False, EXACT), (True, CODED)):
         for setting in settings:
-            settle(coded, *setting)
+            choose(coded, *setting)
             times = {}
             for name, (dtype, options) in CASES.items():
                 if ("state_bits" in options) == coded:
