@@ -284,7 +284,7 @@ class Part(plan.Part):
         with self._on_its_stream():
             self._group_by_count(groups)
             tables, grads = self._send_tables(), self._send(self.addresses[0])  # times 0: any gradients do
-            rows = [_scalars(groups[index], t) for index, t in zip(self._scalar_groups, self._counts)]
+            rows = [_scalars(groups[index], max(t, 1)) for index, t in zip(self._scalar_groups, self._counts)]
             frozen = [row._replace(beta1=1, beta2=1, sign=0, inverse_weight=1, normalize_inverse=True) for row in rows]
             directions = self._norm_sums(tables, grads, self._send_rows(frozen))
             frozen = [row._replace(eps=1, bias2_rsqrt=0) for row in frozen]

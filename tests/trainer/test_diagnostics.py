@@ -203,3 +203,12 @@ def test_one_thread_and_two_give_the_same_figures():
         figures.append(inverse_statistics(optimizer))
     torch.set_num_threads(threads)
     assert tuple(figures[0]) == pytest.approx(tuple(figures[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}], ids=["kernel", "blocks"])
+def test_a_state_without_a_step_has_no_update(options):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = DualAdam([param], **options)
+    moments = {name: torch.zeros(3) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[param] = {"step": torch.tensor(0.0), **moments}
+    assert inverse_statistics(optimizer)[1:] == (0, 0, 0)
