@@ -100,7 +100,7 @@ class _Measured(NamedTuple):
             step, and the parameter; shape (6, parameters).
         """
         table = [
-            (s.adam_weight, s.inverse_weight, s.normalize_inverse, s.lr, 1 - s.beta1 ** max(step, 1))
+            (s.adam_weight, s.inverse_weight, s.normalize_inverse, s.lr, 1 - s.beta1**step)
             for s, step in zip(self.scalars, self.steps)
         ]
         columns = torch.tensor(table, dtype=torch.float64)[self.rows].unbind(1)
@@ -144,7 +144,7 @@ def _measure(optimizer: DualAdam) -> _Measured:
     # Group and step as one number, which float64 holds exactly.
     keys = torch.tensor(indices, dtype=torch.float64) * (2 * MAX_COUNT) + torch.cat(counts)
     unique, rows = keys.unique(return_inverse=True)
-    steps = (unique % (2 * MAX_COUNT)).tolist()
+    steps = (unique % (2 * MAX_COUNT)).clamp(min=1).tolist()  # with a count of 0, m is 0 too
     scalars = [_scalars(groups[int(key // (2 * MAX_COUNT))], count) for key, count in zip(unique.tolist(), steps)]
     if left:
         tables.append(_squares_in_blocks(left, [scalars[row] for row in rows[-len(left) :].tolist()]))
@@ -167,8 +167,7 @@ def _counts(items: list[Any]) -> Tensor:
 
 
 def _scalars(group: dict[str, Any], step: float) -> StepScalars:
-    count = max(step, 1)  # with a count of 0, m is 0 too
-    return step_scalars(count, lr=float(group["lr"]), **{name: group[name] for name in _OPTIONS})
+    return step_scalars(step, lr=float(group["lr"]), **{name: group[name] for name in _OPTIONS})
 
 
 def _tensors(param: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,8 +37,8 @@ TESTS = ["tests/core", "tests/trainer/test_trainer_on_a_gpu.py"]
 def table(results: list[dict]) -> str:
     """The results as Markdown, with the card's name and the command of each line."""
     card = results[0]["machine"]
-    lines = [f"{card['device']}, torch {card['torch']}, CUDA {card['cuda']}; `python {BENCHMARK}` with the options:"]
-    lines += [
+    lines = [
+        f"{card['device']}, torch {card['torch']}, CUDA {card['cuda']}; `python {BENCHMARK}` with the options:",
         "",
         "| options | optimizer | step, ms | ratio to fused AdamW | of copy | with the host, ms | ratio |",
         "|---|---|---|---|---|---|---|",

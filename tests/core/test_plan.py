@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -413,3 +415,26 @@ def test_one_misaligned_gradient_leaves_the_others_their_alignment(launches):
     optimizer.step()
     assert len(launches) == 1
     assert [address % 16 != 0 for address in launches[0][1].tolist()] == [False, True, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"state_bits": 8}], ids=["one part", "two parts"])
+def test_looking_at_a_plan_calls_no_audit_hook(options):
+    """Such as filelock's, which makes id() ten times as slow. A hook cannot be removed, hence the process."""
+    program = f"""
+import sys
+import torch
+from hf_dualadam import DualAdam
+
+params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 64), (3,)) for _ in range(50)]
+for p in params:
+    p.grad = torch.ones_like(p)
+optimizer = DualAdam(params, **{options})
+optimizer.step()
+optimizer.step()
+events = []
+sys.addaudithook(lambda event, _: events.append(event) if event == "builtins.id" else None)
+optimizer.step()
+print(len(events))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10
